@@ -1,0 +1,440 @@
+"""StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020) in Flax Linen.
+
+The config-f generator with the "skip" architecture, 8 to 1024 px, as NVIDIA's `stylegan2-ada-pytorch` and
+`stylegan3` repositories run it, and with the same numbers. Arrays are NHWC and float32; images lie in [-1, 1]
+up to overshoot.
+
+Two things serve inversion. Modulation scales activations before and after an ordinary convolution, so that
+frozen weights need no gradient of their own and a batch needs no grouped convolution. And `Generator.synthesize`
+takes offsets, masks and features for the outputs of its blocks, so that forming an image from several latent
+layers, and editing it, are one pass each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Params = Mapping[str, Any]
+Noise = Literal["const", "none", "random"]
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+_FIR = (0.25, 0.75, 0.75, 0.25)  # [1, 3, 3, 1] / 8 times 2: each axis keeps its gain when upsampled
+_SQRT2 = math.sqrt(2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StyleGAN2Config:
+    """Sizes of a generator; the defaults are config-f at 256 px.
+
+    Attributes:
+      img_resolution: pixels a side, a power of two from 8 to 1024.
+      z_dim, c_dim, w_dim: entries of z, of a label (0: unconditional) and of one style.
+      img_channels: 3 for RGB.
+      mapping_layers: dense layers of the mapping network.
+      channel_base, channel_max: a block at resolution r has min(channel_base / r, channel_max) channels.
+      conv_clamp: limit on activations' magnitude, or None (converted TensorFlow networks have none).
+    """
+
+    img_resolution: int = 256
+    z_dim: int = 512
+    c_dim: int = 0
+    w_dim: int = 512
+    img_channels: int = 3
+    mapping_layers: int = 8
+    channel_base: int = 32768
+    channel_max: int = 512
+    conv_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        size = self.img_resolution
+        if size < 8 or size > 1024 or size & (size - 1):
+            raise ValueError(f"img_resolution must be a power of two from 8 to 1024, not {size}")
+
+    @property
+    def block_resolutions(self) -> tuple[int, ...]:
+        return tuple(2**i for i in range(2, self.img_resolution.bit_length()))
+
+    @property
+    def num_ws(self) -> int:
+        """Styles that the synthesis network takes: one a convolution and one for the last ToRGB."""
+        return 2 * len(self.block_resolutions)
+
+    def channels(self, resolution: int) -> int:
+        return min(self.channel_base // resolution, self.channel_max)
+
+
+class Synthesis(NamedTuple):
+    """What `Generator.synthesize` gives: `image` [N, R, R, C]; `features` {r: [N, r, r, channels(r)]}.
+
+    A block's feature is its output with the offset or replacement that was asked for.
+    """
+
+    image: Array
+    features: dict[int, Array]
+
+
+# --- operations ---
+
+
+def conv(x: Array, weight: Array) -> Array:
+    """Correlation with zero padding that keeps the size; `x` [N, H, W, I], `weight` [k, k, I, O] with k odd."""
+    return lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=_NHWC)
+
+
+def _interleave(even: Array, odd: Array, axis: int) -> Array:
+    """Weaves two arrays of the same shape along `axis`."""
+    shape = list(even.shape)
+    shape[axis] *= 2
+    return jnp.stack([even, odd], axis + 1).reshape(shape)
+
+
+def _pad(x: Array, axis: int, before: int, after: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (before, after)
+    return jnp.pad(x, widths)
+
+
+def _fir(x: Array) -> Array:
+    """Filters rows and columns with `_FIR`; [N, H, W, C] to [N, H - 1, W - 1, C], one row of zeros around."""
+    for axis in (1, 2):
+        x = _pad(x, axis, 1, 1)
+        size = x.shape[axis] - 3
+        x = sum((_FIR[i] * lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(1, 4)),
+                start=_FIR[0] * lax.slice_in_dim(x, 0, size, axis=axis))  # fmt: skip
+    return x
+
+
+def upsample(x: Array) -> Array:
+    """Doubles height and width with the filter [1, 3, 3, 1] (`upfirdn2d.upsample2d`); [N, H, W, C]."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        x = _pad(x, axis, 1, 1)
+        before, here, after = (lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3))
+        x = _interleave(0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after, axis)
+    return x
+
+
+def up_conv(x: Array, weight: Array) -> Array:
+    """Transposed 3x3 convolution of stride 2, then the filter [1, 3, 3, 1]; [N, H, W, I] to [N, 2H, 2W, O].
+
+    The zeros that a stride puts between pixels are never multiplied: each of the four output phases is an
+    ordinary convolution with its share of the kernel. Fastest forward and backward to `x`; see `up_conv_folded`
+    where `weight` is trained.
+    """
+    w = weight[::-1, ::-1]
+    run = lambda kernel, pad: lax.conv_general_dilated(x, kernel, (1, 1), pad, dimension_numbers=_NHWC)  # noqa: E731
+    both, none = (1, 1), (0, 0)
+    # Row t of the zero-stuffed result: even rows see kernel rows 0 and 2, odd rows see row 1.
+    even_even, even_odd = run(w[0::2, 0::2], (both, both)), run(w[0::2, 1:2], (both, none))
+    odd_even, odd_odd = run(w[1:2, 0::2], (none, both)), run(w[1:2, 1:2], (none, none))
+    even = _interleave(even_even, _pad(even_odd, 2, 0, 1), 2)
+    odd = _pad(_interleave(odd_even, _pad(odd_odd, 2, 0, 1), 2), 1, 0, 1)
+    return _fir(_interleave(even, odd, 1)[:, :-1, :-1])
+
+
+def up_conv_folded(x: Array, weight: Array) -> Array:
+    """`up_conv` with its filter folded into the weights: one 3x3 convolution to 4 O channels, then depth to space.
+
+    Four times the operations, but its gradient to `weight` is an ordinary one: for training.
+    """
+    n, h, w, _ = x.shape
+    features = weight.shape[-1]
+    padded = jnp.pad(weight[::-1, ::-1], ((3, 3), (3, 3), (0, 0), (0, 0)))
+    kernel = sum(_FIR[i] * _FIR[j] * padded[i : i + 6, j : j + 6] for i in range(4) for j in range(4))
+    phases = jnp.concatenate([kernel[1 - a :: 2, 1 - b :: 2] for a in (0, 1) for b in (0, 1)], -1)
+    y = conv(x, phases).reshape(n, h, w, 2, 2, features)
+    return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features)
+
+
+def modulated_conv(
+    x: Array,
+    weight: Array,
+    styles: Array,
+    *,
+    demodulate: bool = True,
+    convolve: Callable[[Array, Array], Array] = conv,
+) -> Array:
+    """Convolution whose input channels are scaled by `styles` [N, I]; demodulated to unit gain (paper, eq. 1-3)."""
+    y = convolve(x * styles[:, None, None, :], weight)
+    if demodulate:
+        power = jnp.square(styles) @ jnp.sum(jnp.square(weight), axis=(0, 1))  # [N, O]
+        y = y * lax.rsqrt(power + 1e-8)[:, None, None, :]
+    return y
+
+
+def _activate(x: Array, bias: Array, clamp: float | None, gain: float = _SQRT2) -> Array:
+    x = nn.leaky_relu(x + bias, 0.2) * gain
+    return _clamp(x, None if clamp is None else clamp * gain)
+
+
+def _clamp(x: Array, limit: float | None) -> Array:
+    return x if limit is None else jnp.clip(x, -limit, limit)
+
+
+def _normalize(x: Array) -> Array:
+    return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-8)
+
+
+# --- layers ---
+
+
+class Dense(nn.Module):
+    """Dense layer with equalised learning rate: stored weights are 1 / `lr_multiplier` times larger."""
+
+    features: int
+    lr_multiplier: float = 1.0
+    bias_init: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        fan_in = x.shape[-1]
+        weight = self.param("weight", nn.initializers.normal(1 / self.lr_multiplier), (fan_in, self.features))
+        bias = self.param("bias", nn.initializers.constant(self.bias_init), (self.features,))
+        return x @ (weight * (self.lr_multiplier / math.sqrt(fan_in))) + bias * self.lr_multiplier
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution, noise, bias, leaky ReLU; `up` doubles the size."""
+
+    features: int
+    resolution: int
+    up: bool
+    conv_clamp: float | None
+    up_conv: Callable[[Array, Array], Array]
+
+    @nn.compact
+    def __call__(self, x: Array, w: Array, noise: Noise, noise_key: Array | None) -> Array:
+        fan_in = x.shape[-1]
+        styles = Dense(fan_in, bias_init=1.0, name="affine")(w)
+        weight = self.param("weight", nn.initializers.normal(1.0), (3, 3, fan_in, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        size = (self.resolution, self.resolution)
+        noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
+        noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
+        x = modulated_conv(x, weight, styles, convolve=self.up_conv if self.up else conv)
+        if noise == "const":
+            x = x + (noise_const * noise_strength)[None, :, :, None]
+        elif noise == "random":
+            assert noise_key is not None
+            x = x + jax.random.normal(noise_key, (x.shape[0], *size, 1), x.dtype) * noise_strength
+        return _activate(x, bias, self.conv_clamp)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to the image's channels, not demodulated."""
+
+    features: int
+    conv_clamp: float | None
+
+    @nn.compact
+    def __call__(self, x: Array, w: Array) -> Array:
+        fan_in = x.shape[-1]
+        styles = Dense(fan_in, bias_init=1.0, name="affine")(w) / math.sqrt(fan_in)
+        weight = self.param("weight", nn.initializers.normal(1.0), (1, 1, fan_in, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return _clamp(modulated_conv(x, weight, styles, demodulate=False) + bias, self.conv_clamp)
+
+
+# --- networks ---
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution: its layers, and its RGB added to the upsampled image so far."""
+
+    config: StyleGAN2Config
+    resolution: int
+    up_conv: Callable[[Array, Array], Array]
+
+    @nn.compact
+    def __call__(
+        self, x: Array | None, image: Array | None, ws: Array, noise: Noise, noise_key: Array | None
+    ) -> tuple[Array, Array]:
+        cfg, features = self.config, self.config.channels(self.resolution)
+        keys = (None, None) if noise_key is None else tuple(jax.random.split(noise_key))
+        layer = lambda up, name: SynthesisLayer(  # noqa: E731
+            features, self.resolution, up, cfg.conv_clamp, self.up_conv, name=name
+        )
+        if x is None:
+            const = self.param("const", nn.initializers.normal(1.0), (4, 4, features))
+            x = jnp.broadcast_to(const, (ws.shape[0], 4, 4, features))
+        else:
+            x = layer(True, "conv0")(x, ws[:, 0], noise, keys[0])
+            ws = ws[:, 1:]
+        x = layer(False, "conv1")(x, ws[:, 0], noise, keys[1])
+        rgb = ToRGB(cfg.img_channels, cfg.conv_clamp, name="torgb")(x, ws[:, 1])
+        return x, rgb if image is None else upsample(image) + rgb
+
+
+class SynthesisNetwork(nn.Module):
+    config: StyleGAN2Config
+    up_conv: Callable[[Array, Array], Array] = up_conv
+
+    @nn.compact
+    def __call__(
+        self,
+        ws: Array,
+        noise: Noise,
+        noise_key: Array | None,
+        offsets: Mapping[int, Array],
+        features: Mapping[int, Array],
+        masks: Mapping[int, Array],
+        max_resolution: int | None = None,
+    ) -> Synthesis:
+        x = image = None
+        outputs = {}
+        first = 0
+        for resolution in self.config.block_resolutions:
+            if max_resolution is not None and resolution > max_resolution:
+                break
+            block = SynthesisBlock(self.config, resolution, self.up_conv, name=f"b{resolution}")
+            block_ws = ws[:, first : first + (2 if x is None else 3)]
+            first += 1 if x is None else 2
+            key = None if noise_key is None else jax.random.fold_in(noise_key, resolution)
+            x, image = block(x, image, block_ws, noise, key)
+            if resolution in offsets:
+                x = x + offsets[resolution] * masks.get(resolution, 1.0)
+            if resolution in features:
+                mask = masks.get(resolution, 1.0)
+                x = x * (1 - mask) + features[resolution] * mask
+            outputs[resolution] = x
+        assert image is not None
+        return Synthesis(image, outputs)
+
+
+class MappingNetwork(nn.Module):
+    config: StyleGAN2Config
+
+    @nn.compact
+    def __call__(self, z: Array, c: Array | None, truncation_psi: Array | float, truncation_cutoff: int | None) -> Array:
+        cfg = self.config
+        x = _normalize(z)
+        if cfg.c_dim:
+            if c is None:
+                raise ValueError(f"this generator is conditional: give labels c of shape [N, {cfg.c_dim}]")
+            x = jnp.concatenate([x, _normalize(Dense(cfg.w_dim, name="embed")(c))], -1)
+        for i in range(cfg.mapping_layers):
+            x = Dense(cfg.w_dim, lr_multiplier=0.01, name=f"fc{i}")(x)
+            x = nn.leaky_relu(x, 0.2) * _SQRT2
+        w_avg = self.param("w_avg", nn.initializers.zeros, (cfg.w_dim,))
+        ws = jnp.broadcast_to(x[:, None], (x.shape[0], cfg.num_ws, cfg.w_dim))
+        cut = jnp.arange(cfg.num_ws)[:, None] < (cfg.num_ws if truncation_cutoff is None else truncation_cutoff)
+        return jnp.where(cut, w_avg + (ws - w_avg) * truncation_psi, ws)
+
+
+class Generator(nn.Module):
+    """The whole network; use it through `init`, `map_z` and `synthesize` below, which take `(config, params, …)`.
+
+    `up_conv`: the form of the up-convolutions, `up_conv` (inference, inversion) or `up_conv_folded` (training).
+    """
+
+    config: StyleGAN2Config
+    up_conv: Callable[[Array, Array], Array] = up_conv
+
+    def setup(self) -> None:
+        self.mapping = MappingNetwork(self.config)
+        self.synthesis = SynthesisNetwork(self.config, self.up_conv)
+
+    def __call__(self, z: Array, c: Array | None = None) -> Array:
+        return self.synthesize(self.map_z(z, c)).image
+
+    def map_z(
+        self,
+        z: Array,
+        c: Array | None = None,
+        *,
+        truncation_psi: Array | float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Array:
+        return self.mapping(z, c, truncation_psi, truncation_cutoff)
+
+    def synthesize(
+        self,
+        ws: Array,
+        *,
+        noise: Noise = "const",
+        noise_key: Array | None = None,
+        offsets: Mapping[int, Array] | None = None,
+        features: Mapping[int, Array] | None = None,
+        masks: Mapping[int, Array] | None = None,
+        max_resolution: int | None = None,
+    ) -> Synthesis:
+        if noise not in ("const", "none", "random"):
+            raise ValueError(f"noise must be const, none or random, not {noise!r}")
+        if noise == "random" and noise_key is None:
+            raise ValueError("random noise needs noise_key")
+        key = noise_key if noise == "random" else None
+        return self.synthesis(ws, noise, key, offsets or {}, features or {}, masks or {}, max_resolution)
+
+
+def init(config: StyleGAN2Config, *, key: Array) -> Params:
+    """Random parameters as training starts from; a nested dict whose names read like this file."""
+    c = jnp.zeros((1, config.c_dim)) if config.c_dim else None
+    return Generator(config).init(key, jnp.zeros((1, config.z_dim)), c)["params"]
+
+
+def map_z(
+    config: StyleGAN2Config,
+    params: Params,
+    z: Array,
+    c: Array | None = None,
+    *,
+    truncation_psi: Array | float = 1.0,
+    truncation_cutoff: int | None = None,
+) -> Array:
+    """Styles of `z`.
+
+    Args:
+      z: [N, z_dim], standard normal. c: [N, c_dim] labels (one-hot), for conditional generators.
+      truncation_psi: 1 keeps the styles, 0 gives the average one.
+      truncation_cutoff: how many of the first styles are truncated; None for all.
+
+    Returns:
+      [N, num_ws, w_dim].
+
+    Raises:
+      ValueError: a conditional generator without labels.
+    """
+    return Generator(config).apply(
+        {"params": params}, z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, method="map_z"
+    )  # type: ignore[return-value]
+
+
+def synthesize(
+    config: StyleGAN2Config,
+    params: Params,
+    ws: Array,
+    *,
+    noise: Noise = "const",
+    noise_key: Array | None = None,
+    offsets: Mapping[int, Array] | None = None,
+    features: Mapping[int, Array] | None = None,
+    masks: Mapping[int, Array] | None = None,
+) -> Synthesis:
+    """Images of styles, with block outputs shifted or replaced on the way.
+
+    At a resolution r, after the block's RGB was taken, its output x becomes x + offsets[r] * masks[r], then
+    x (1 - masks[r]) + features[r] * masks[r]: both act on the blocks that follow. Without a mask, everywhere.
+
+    Args:
+      ws: [N, num_ws, w_dim].
+      noise: "const" for the stored noise, "none", or "random" with `noise_key`.
+      offsets, features: {r: [N, r, r, channels(r)]}. masks: {r: [N, r, r, 1]}.
+
+    Returns:
+      `Synthesis`: the image [N, R, R, C], in [-1, 1] up to overshoot, and each block's output.
+
+    Raises:
+      ValueError: random noise without a key, or an unknown kind of noise.
+    """
+    return Generator(config).apply(
+        {"params": params}, ws, noise=noise, noise_key=noise_key, offsets=offsets, features=features, masks=masks,
+        method="synthesize",
+    )  # type: ignore[return-value]  # fmt: skip
