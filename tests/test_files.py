@@ -1,0 +1,224 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samjax.errors import UserError
+from samjax.io import files
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_round_trips(tmp_path: Path):
+    files.write_bytes(tmp_path / "a.bin", b"\0\1\2")
+    assert (tmp_path / "a.bin").read_bytes() == b"\0\1\2"
+    files.write_text(tmp_path / "a.txt", "grüße\n")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "grüße\n"
+    arrays = {"W+": np.arange(6, dtype=np.float32).reshape(2, 3), "file": np.int32(4)}
+    files.write_npz(tmp_path / "latents_T0.225.npz", arrays)
+    with np.load(tmp_path / "latents_T0.225.npz", allow_pickle=False) as read:
+        assert set(read.files) == {"W+", "file"}
+        np.testing.assert_array_equal(read["W+"], arrays["W+"])
+        assert read["W+"].dtype == np.float32
+    assert listing(tmp_path) == ["a.bin", "a.txt", "latents_T0.225.npz"]
+
+
+def test_json_takes_what_programs_hold(tmp_path: Path):
+    @dataclasses.dataclass(frozen=True)
+    class Row:
+        label: int
+        share: np.float32
+
+    value = {
+        "row": Row(3, np.float32(0.5)),
+        "psnr": float("inf"),
+        "nan": np.float64("nan"),
+        "array": np.arange(3),
+        "flag": np.bool_(True),
+        "path": Path("a") / "b",
+        0.225: (1, None, "ü"),
+    }
+    files.write_json(tmp_path / "m.json", value)
+    text = (tmp_path / "m.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {
+        "row": {"label": 3, "share": 0.5},
+        "psnr": None,
+        "nan": None,
+        "array": [0, 1, 2],
+        "flag": True,
+        "path": os.path.join("a", "b"),
+        "0.225": [1, None, "ü"],
+    }
+    assert text.endswith("}\n")
+    assert "ü" in text
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "n.json", {"x": object()})
+    assert listing(tmp_path) == ["m.json"]
+
+
+def test_missing_folders_are_made_and_permissions_are_the_users(tmp_path: Path):
+    path = tmp_path / "edits" / "blue car" / "x.txt"
+    files.write_text(path, "x")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_name_of_the_greatest_length(tmp_path: Path):
+    files.write_text(tmp_path / ("n" * 255), "x")
+    with pytest.raises(UserError, match="too long"):
+        files.write_text(tmp_path / ("n" * 256), "x")
+
+
+def test_a_link_stays_a_link(tmp_path: Path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_whatever_ends_the_writing_the_old_file_stays(tmp_path: Path, raised: type[BaseException]):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(raised), files.whole_file(path) as file:  # noqa: PT012
+        file.write(b"half")
+        assert path.read_text() == "old"
+        assert len(listing(tmp_path)) == 2
+        raise raised
+    assert path.read_text() == "old"
+    assert listing(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EIO, "[Ii]nput/output error"),
+    ],
+)
+@pytest.mark.parametrize("where", ["open", "fsync", "replace"])
+def test_what_the_system_refuses_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str, where: str
+):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def refuse(*_args, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, where, refuse)
+    with pytest.raises(UserError, match=says) as caught:
+        files.write_text(path, "new")
+    monkeypatch.undo()
+    assert "a.txt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "old"
+    assert listing(tmp_path) == ["a.txt"]
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path: Path):
+    """With a real refusal of the system: files of this process may not grow beyond 10 kB for a moment."""
+    arrays = {"noise": np.random.default_rng(0).standard_normal(10_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="larger than this disk") as caught:
+            files.write_npz(tmp_path / "latents.npz", arrays)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "latents.npz" in str(caught.value)
+    assert listing(tmp_path) == []
+
+
+def test_a_failure_leaves_no_open_file(tmp_path: Path):
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    before = descriptors()
+    for _ in range(3):
+        with pytest.raises(RuntimeError), files.whole_file(tmp_path / "a"):
+            raise RuntimeError
+    assert descriptors() == before
+
+
+def test_paths_that_cannot_be_files(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="it is a folder"):
+        files.write_text(tmp_path, "x")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        files.write_text(tmp_path / "file" / "a.txt", "x")
+    with pytest.raises(UserError, match="device"):
+        files.write_text("/dev/null", "x")
+    with pytest.raises(UserError, match="not a legal file name"):
+        files.write_text(str(tmp_path / "a\0b"), "x")
+    assert listing(tmp_path) == ["file"]
+
+
+def test_objects_are_not_pickled(tmp_path: Path):
+    with pytest.raises(ValueError, match="bad"):
+        files.write_npz(tmp_path / "a.npz", {"bad": np.array([object()])})
+    assert listing(tmp_path) == []
+
+
+def test_output_folder(tmp_path: Path):
+    folder = files.output_folder(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    (folder / "kept").write_text("x")
+    assert files.output_folder(str(folder)) == folder
+    assert listing(folder) == ["kept"]
+    with pytest.raises(UserError, match="is a file"):
+        files.output_folder(folder / "kept")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        files.output_folder(folder / "kept" / "deeper")
+    with pytest.raises(UserError, match="not a legal folder name"):
+        files.output_folder("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.EROFS, "read-only"), (errno.EACCES, "permission denied"), (errno.ENOSPC, "disk is full")],
+)
+def test_output_folder_that_cannot_be_written_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+):
+    def refuse(*_args, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    with pytest.raises(UserError, match=says) as caught:
+        files.output_folder(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_write_permission(tmp_path: Path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    try:
+        if os.geteuid() == 0:  # whom permissions do not bind
+            files.write_text(folder / "a.txt", "x")
+        else:
+            with pytest.raises(UserError, match="permission denied"):
+                files.write_text(folder / "a.txt", "x")
+            with pytest.raises(UserError, match="permission denied"):
+                files.output_folder(folder)
+            assert listing(folder) == []
+    finally:
+        folder.chmod(0o755)
