@@ -1,0 +1,304 @@
+"""What all formats share: the memory-mapped file, and arrays in it that are looked at only when asked for."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from samjax.errors import UserError
+from samjax.io import pickles
+
+_SMALL = 4096  # bytes: shorter strings are copied out of the file, longer ones stay views of it
+_MAX_AXES = 8
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class View:
+    """A stretch of memory that reads like a file; long reads give views rather than copies."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.position = 0
+
+    def read(self, size: int, /) -> bytes | memoryview:
+        part = self.data[self.position : self.position + size]
+        self.position += len(part)
+        return part if len(part) > _SMALL else bytes(part)
+
+    def readline(self) -> bytes:
+        line = bytearray()
+        while len(line) < _SMALL:
+            part = bytes(self.data[self.position + len(line) : self.position + len(line) + 64])
+            end = part.find(b"\n")
+            line += part if end < 0 else part[: end + 1]
+            if end >= 0 or not part:
+                break
+        self.position += len(line)
+        return bytes(line)
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of the file at `path`, mapped rather than read.
+
+    Raises:
+      UserError: it is missing, a folder, empty, or not to be read.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the checkpoint file itself (.pkl, .pt or .safetensors)")
+        with path.open("rb") as file:
+            if not file.seek(0, 2):
+                raise UserError(f"{path} is empty: fetch or copy it again")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a checkpoint file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+class Stored(Protocol):
+    """An array in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def array(self) -> np.ndarray:
+        """The values, as a view of the file where that can be. Raises UserError if the file lacks them."""
+        ...
+
+
+class Loaded:
+    """An array that is in memory; see `Stored`."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+        self.shape: tuple[int, ...] = values.shape
+        self.dtype: np.dtype[Any] = values.dtype
+
+    def array(self) -> np.ndarray:
+        return self._values
+
+
+class Checkpoint(NamedTuple):
+    """A generator as a file holds it.
+
+    Attributes:
+      format: for people.
+      naming: whose names `arrays` have: a key of `ckpt_convert.stylegan2.NAMINGS`.
+      arrays: by the file's own names.
+      settings: fields of `StyleGAN2Config` that the file states.
+      notes: what a user of the result should know.
+    """
+
+    format: str
+    naming: str
+    arrays: Mapping[str, Stored]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def sizes(values: Any, what: str) -> tuple[int, ...]:
+    """`values` as a tuple of sizes that are whole, not negative, and of an array that can exist.
+
+    Raises:
+      UserError: they are not.
+    """
+    if not (
+        isinstance(values, tuple | list)
+        and len(values) <= _MAX_AXES
+        and all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 for value in values)
+        and math.prod(values) < 2**40
+    ):
+        raise UserError(f"the file gives {str(values)[:80]} as {what}: damaged?")
+    return tuple(values)
+
+
+def strided(
+    data: memoryview, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> np.ndarray:
+    """The array at `offset` of `data`, with `strides`, all in elements; every element is checked to lie inside.
+
+    Strides of zero, which would let a small file ask for any amount of memory, count as reaching beyond.
+
+    Raises:
+      UserError: one does not.
+    """
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > len(data):
+        raise UserError(f"an array of shape {list(shape)} reaches beyond its storage: damaged, or not whole?")
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    steps = tuple(stride * dtype.itemsize for stride in strides)
+    return np.ndarray(shape, dtype, data, offset * dtype.itemsize, steps)  # type: ignore[arg-type]
+
+
+def checked(data: memoryview, crc: int, name: str) -> None:
+    """Compares `data` with its checksum.
+
+    Raises:
+      UserError: they differ.
+    """
+    if zlib.crc32(data) != crc:
+        raise UserError(f"{name} in the file does not match its checksum: damaged; fetch or copy it again")
+
+
+# NumPy's arrays in pickles.
+
+_DTYPES = {name: np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")}
+
+
+class PickledDtype:
+    """Stand-in for `numpy.dtype`."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name
+        self.order = "|"
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], str):
+            self.order = state[1]
+
+    def dtype(self) -> np.dtype[Any]:
+        """The type. Raises UserError for one that holds no numbers."""
+        name = self.name
+        name = name.lstrip("<=|") if isinstance(name, str) else name
+        if self.order not in ("<", "=", "|") or not isinstance(name, str) or name not in _DTYPES:
+            raise UserError(f"the file holds an array of the type {self.order}{str(self.name)[:20]}, not of numbers")
+        return _DTYPES[name]
+
+
+class PickledArray:
+    """Stand-in for `numpy.ndarray`."""
+
+    def __init__(self, *_: Any) -> None:
+        self._state: tuple[tuple[int, ...], Any, bool, Any] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ValueError("an array's state of five parts is expected")
+        _, shape, dtype, fortran, data = state
+        self._state = (sizes(shape, "an array's shape"), dtype, bool(fortran), data)
+
+    def _parts(self) -> tuple[tuple[int, ...], PickledDtype, bool, Any]:
+        if self._state is None or not isinstance(self._state[1], PickledDtype):
+            raise UserError("the file holds an array without contents: damaged?")
+        return self._state
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._parts()[0]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._parts()[1].dtype()
+
+    def array(self) -> np.ndarray:
+        shape, _, fortran, data = self._parts()
+        if isinstance(data, str):  # pickled by Python 2
+            data = data.encode("latin1")
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise UserError("the file holds an array without contents: damaged?")
+        if len(data) != math.prod(shape) * self.dtype.itemsize:
+            raise UserError(f"an array of shape {list(shape)} has {len(data):,} bytes of data: damaged?")
+        flat = np.frombuffer(data, self.dtype)
+        return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+
+
+def _reconstruct(*_: Any) -> PickledArray:
+    return PickledArray()
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
+    array = PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", data))
+    return array
+
+
+def _scalar(dtype: Any, data: Any = None) -> Any:
+    if isinstance(dtype, PickledDtype) and isinstance(data, bytes):
+        return np.frombuffer(data, dtype.dtype(), 1)[0].item()
+    return None
+
+
+class Opaque:
+    """Stand-in for an object that conversion has no use for."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Opaque:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _mapping(items: Any = (), *_: Any) -> dict[Any, Any]:
+    if isinstance(items, dict):
+        return dict(items)
+    return pickles.fill({}, [part for pair in items for part in _pair(pair)])
+
+
+def _pair(pair: Any) -> Any:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise ValueError("a pair is expected")
+    return pair
+
+
+def _default_mapping(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _set(items: Any = ()) -> set[Any]:
+    return set(pickles.plain_keys(list(items)))
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """`_codecs.encode`: how Python 3 writes bytes into the pickles of Python 2."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes are expected as latin-1 text")
+    return text.encode("latin1")
+
+
+def python_names() -> dict[tuple[str, str], Any]:
+    """Stand-ins for what the pickles of all formats name, from Python's library and NumPy."""
+    names: dict[tuple[str, str], Any] = {
+        ("collections", "OrderedDict"): _mapping,
+        ("collections", "defaultdict"): _default_mapping,
+        ("_codecs", "encode"): _encode,
+        ("argparse", "Namespace"): Opaque,
+        ("dnnlib.util", "EasyDict"): _mapping,
+        ("dnnlib", "EasyDict"): _mapping,
+        ("numpy", "ndarray"): PickledArray,
+        ("numpy", "dtype"): PickledDtype,
+    }
+    for builtins in ("builtins", "__builtin__"):
+        names |= {
+            (builtins, "set"): _set,
+            (builtins, "dict"): _mapping,
+            (builtins, "list"): list,
+            (builtins, "object"): Opaque,
+        }
+        for kind in ("int", "float", "bool", "str", "tuple"):
+            names[builtins, kind] = Opaque
+    for core in ("numpy.core", "numpy._core"):
+        names |= {
+            (f"{core}.multiarray", "_reconstruct"): _reconstruct,
+            (f"{core}.multiarray", "scalar"): _scalar,
+            (f"{core}.numeric", "_frombuffer"): _frombuffer,
+        }
+    for path in ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"):
+        names["pathlib", path] = Opaque
+        names["pathlib._local", path] = Opaque
+    return names

@@ -1,0 +1,147 @@
+"""Network pickles of NVIDIA's PyTorch repositories (`stylegan2-ada-pytorch`, `stylegan3`).
+
+A pickle is a dictionary of networks (`G`, `D`, `G_ema` and what trained them), or one bare generator. Networks are
+"persistent objects": they carry the source of their own classes, to be run on loading, beside their state. Here the
+source is an unread string, and the state is all that is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ckpt_convert.formats import torch_file
+from ckpt_convert.formats.arrays import Checkpoint, Stored
+from samjax.errors import UserError
+
+_MAX_DEPTH = 16
+
+
+class Module:
+    """Stand-in for a persistent object: the class it was of, and its state."""
+
+    def __init__(self, meta: Any) -> None:
+        if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
+            raise ValueError("a persistent object without a state")
+        self.kind = str(meta.get("class_name", ""))
+        self.state: dict[Any, Any] = meta["state"]
+
+    def part(self, name: str) -> Mapping[Any, Any]:
+        """`_parameters`, `_buffers` or `_modules`."""
+        part = self.state.get(name, {})
+        if not isinstance(part, dict):
+            raise UserError(f"a network in the pickle has no readable {name}: damaged?")
+        return part
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """An attribute, or else what the object was made with."""
+        made_with = self.state.get("_init_kwargs")
+        return self.state.get(name, made_with.get(name, default) if isinstance(made_with, dict) else default)
+
+
+def names() -> dict[tuple[str, str], Any]:
+    """Stand-ins for what these pickles name."""
+    return {
+        **torch_file.names(),
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): Module,
+        ("torch.storage", "_load_from_bytes"): torch_file.storage_from_bytes,
+    }
+
+
+class _Path(NamedTuple):
+    name: str
+    module: Module
+
+
+def _walk(module: Module, name: str = "", depth: int = 0) -> Iterator[_Path]:
+    """`module` and all inside, with their dotted names."""
+    if depth > _MAX_DEPTH:
+        raise UserError("the networks in the pickle are nested without end: damaged?")
+    yield _Path(name, module)
+    for key, part in module.part("_modules").items():
+        if isinstance(part, Module):
+            yield from _walk(part, f"{name}{key}.", depth + 1)
+        elif part is not None:
+            raise UserError(f"{name}{key} in the pickle is not a network of NVIDIA's repositories")
+
+
+def checkpoint(found: Any) -> Checkpoint:
+    """The generator in an unpickled file: `G_ema` of a dictionary, or the object itself.
+
+    Raises:
+      UserError: there is none, or it is of a kind that samjax does not have.
+    """
+    if isinstance(found, dict):
+        which = "G_ema" if found.get("G_ema") is not None else "G"
+        found = found.get(which)
+        if found is None:
+            raise UserError("the pickle holds no G_ema: not a generator of NVIDIA's repositories")
+        what = f"{which} of NVIDIA PyTorch pickle"
+    else:
+        what = "NVIDIA PyTorch pickle of one network"
+    if not isinstance(found, Module):
+        raise UserError("the pickle's G_ema is not a network as NVIDIA's repositories save it")
+    parts = found.part("_modules")
+    synthesis, mapping = parts.get("synthesis"), parts.get("mapping")
+    if found.kind != "Generator" or not isinstance(synthesis, Module) or not isinstance(mapping, Module):
+        raise UserError(f"the pickle holds a network of the class {found.kind[:60]!r}, not a generator with a mapping")
+    if "input" in synthesis.part("_modules"):
+        raise UserError("the pickle holds a StyleGAN3 generator; samjax inverts with StyleGAN2 only")
+    arrays: dict[str, Stored] = {}
+    for name, module in _walk(found):
+        for values in (module.part("_parameters"), module.part("_buffers")):
+            for key, value in values.items():
+                if value is None:
+                    continue
+                if not isinstance(value, torch_file.Tensor):
+                    raise UserError(f"{name}{key} in the pickle is not a tensor: damaged?")
+                arrays[f"{name}{key}"] = value
+        if len(arrays) > 100_000:
+            raise UserError("the networks in the pickle are nested without end: damaged?")
+    return Checkpoint(what, "nvidia", arrays, _settings(found, synthesis, mapping))
+
+
+def _settings(generator: Module, synthesis: Module, mapping: Module) -> dict[str, Any]:
+    """What the objects state. Raises UserError for what samjax's generator does not have."""
+    settings = {
+        name: generator.setting(name)
+        for name in ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
+        if generator.setting(name) is not None
+    }
+    # How the generator was made: by older code with a dictionary for each part, by newer code in one.
+    nested = generator.setting("synthesis_kwargs")
+    made_with = {**(generator.setting("_init_kwargs") or {}), **(nested if isinstance(nested, dict) else {})}
+    for name in ("channel_base", "channel_max"):
+        value = synthesis.setting(name, made_with.get(name))
+        if value is not None:
+            settings[name] = value
+    num_layers = mapping.setting("num_layers")
+    if num_layers is not None:
+        settings["mapping_layers"] = num_layers
+    clamps = set()
+    for name, module in _walk(generator):
+        if module.kind == "SynthesisBlock":
+            require(name, "architecture", module.setting("architecture", "skip"), "skip")
+        elif module.kind == "SynthesisLayer":
+            require(name, "activation", module.setting("activation", "lrelu"), "lrelu")
+            require(name, "use_noise", module.setting("use_noise", True), True)
+        if module.kind in ("SynthesisLayer", "ToRGBLayer"):
+            clamp = module.setting("conv_clamp", made_with.get("conv_clamp"))
+            clamps.add(float(clamp) if isinstance(clamp, int | float) else None)
+        elif module.kind == "FullyConnectedLayer" and name.startswith("mapping.fc"):
+            require(name, "activation", module.setting("activation", "lrelu"), "lrelu")
+            gain, inputs = module.setting("weight_gain"), module.setting("in_features")
+            if isinstance(gain, float) and isinstance(inputs, int) and inputs > 0:
+                require(name, "lr_multiplier", round(gain * math.sqrt(inputs), 6), 0.01)
+    if len(clamps) > 1:
+        raise UserError("the generator's layers have different conv_clamp; samjax's have one for all")
+    settings["conv_clamp"] = next(iter(clamps), None)
+    return settings
+
+
+def require(where: str, name: str, value: Any, supported: Any) -> None:
+    """Raises a UserError unless `value` is the one that samjax's generator has built in."""
+    if value != supported:
+        where = f"{where.removesuffix('.')}: " if where else ""
+        raise UserError(f"{where}{name} is {str(value)[:40]!r}; samjax's StyleGAN2 has {supported!r} only")

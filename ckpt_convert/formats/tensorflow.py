@@ -1,0 +1,115 @@
+"""Network pickles of NVIDIA's TensorFlow repositories (`stylegan2`, `stylegan2-ada`).
+
+A pickle is a tuple (G, D, Gs) of `dnnlib.tflib.network.Network` states: the arguments a network was built with, its
+variables, its component networks, and the source that builds it, which is an unread string here. `Gs` is the average
+of the generator over its training, and the one to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ckpt_convert.formats import arrays
+from ckpt_convert.formats.arrays import Checkpoint, Loaded, PickledArray, Stored
+from ckpt_convert.formats.nvidia import require
+from samjax.errors import UserError
+
+_MAX_DEPTH = 4
+_FIELDS = {  # their arguments, ours
+    "latent_size": "z_dim",
+    "label_size": "c_dim",
+    "dlatent_size": "w_dim",
+    "resolution": "img_resolution",
+    "num_channels": "img_channels",
+    "fmap_max": "channel_max",
+    "mapping_layers": "mapping_layers",
+    "conv_clamp": "conv_clamp",
+}
+
+
+class Network:
+    """Stand-in for `dnnlib.tflib.network.Network`."""
+
+    def __init__(self) -> None:
+        self.state: dict[Any, Any] = {}
+
+    def __new__(cls, *_: Any) -> Network:
+        network = super().__new__(cls)
+        network.state = {}
+        return network
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ValueError("a network's state is a dictionary")
+        self.state = state
+
+
+def names() -> dict[tuple[str, str], Any]:
+    """Stand-ins for what these pickles name."""
+    return {**arrays.python_names(), ("dnnlib.tflib.network", "Network"): Network}
+
+
+def _variables(network: Network, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and values of a network's variables and those of its components."""
+    variables, components = network.state.get("variables", []), network.state.get("components", {})
+    if depth > _MAX_DEPTH or not isinstance(variables, list) or not isinstance(components, dict):
+        raise UserError("the network in the pickle has no readable variables: damaged?")
+    for variable in variables:
+        if not isinstance(variable, tuple | list) or len(variable) != 2:
+            raise UserError("the network in the pickle has no readable variables: damaged?")
+        yield f"{prefix}{variable[0]}", variable[1]
+    for name, component in components.items():
+        if not isinstance(component, Network):
+            raise UserError(f"the component {str(name)[:60]!r} of the network is not a network: damaged?")
+        yield from _variables(component, f"{prefix}{name}/", depth + 1)
+
+
+def checkpoint(found: Any) -> Checkpoint:
+    """The generator in an unpickled file: the last of three networks, or the one network.
+
+    Raises:
+      UserError: there is none, or it is of a kind that samjax does not have.
+    """
+    if isinstance(found, tuple) and len(found) == 3:
+        found, what = found[2], "Gs of TensorFlow pickle"
+    else:
+        what = "TensorFlow pickle of one network"
+    if not isinstance(found, Network):
+        raise UserError("the pickle holds no TensorFlow network of NVIDIA's repositories")
+    version = found.state.get("version")
+    variables = dict(_variables(found))
+    if not isinstance(version, int) or version < 4 or any("StyleMod" in name for name in variables):
+        raise UserError(
+            "the pickle holds a StyleGAN1 or older network; samjax inverts with StyleGAN2 (configurations e and f) only"
+        )
+    if "dlatent_avg" not in variables:
+        raise UserError("the pickle's network is not a StyleGAN2 generator (it has no dlatent_avg)")
+    kwargs = found.state.get("static_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise UserError("the network in the pickle has no readable arguments: damaged?")
+    held: dict[str, Stored] = {}
+    for name, value in variables.items():
+        # TensorFlow gives variables without axes as NumPy scalars.
+        held[name] = Loaded(np.asarray(value, np.float32)) if isinstance(value, int | float) else value
+        if not isinstance(held[name], PickledArray | Loaded):
+            raise UserError(f"{name[:80]} in the pickle is not an array: damaged?")
+    return Checkpoint(what, "tensorflow", held, _settings(kwargs))
+
+
+def _settings(kwargs: dict[Any, Any]) -> dict[str, Any]:
+    """What a network was built with. Raises UserError for what samjax's generator does not have."""
+    settings = {ours: kwargs[theirs] for theirs, ours in _FIELDS.items() if kwargs.get(theirs) is not None}
+    if isinstance(kwargs.get("fmap_base"), int):
+        settings["channel_base"] = 2 * kwargs["fmap_base"]  # theirs counts from the layer below
+    require("", "architecture", kwargs.get("architecture", "skip"), "skip")
+    require("", "nonlinearity", kwargs.get("nonlinearity", "lrelu"), "lrelu")
+    require("", "mapping_nonlinearity", kwargs.get("mapping_nonlinearity", "lrelu"), "lrelu")
+    require("", "mapping_lrmul", kwargs.get("mapping_lrmul", 0.01), 0.01)
+    require("", "use_noise", kwargs.get("use_noise", True), True)
+    require("", "normalize_latents", kwargs.get("normalize_latents", True), True)
+    require("", "resample_kernel", list(kwargs.get("resample_kernel") or [1, 3, 3, 1]), [1, 3, 3, 1])
+    settings.setdefault("conv_clamp", None)
+    return settings

@@ -1,0 +1,291 @@
+"""Files of `torch.save`: zip archives (since 1.6) and the legacy form before them, read without torch.
+
+Both hold a pickle in which a tensor is a storage, an offset, sizes and strides, and the storages' bytes beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ckpt_convert.formats import arrays
+from ckpt_convert.formats.arrays import View, sizes
+from samjax.errors import UserError
+from samjax.io import pickles
+
+LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""How legacy files begin: the pickle of their magic number."""
+
+_DTYPES = {
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": arrays.BFLOAT16,
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "ShortStorage": np.dtype("<i2"),
+    "IntStorage": np.dtype("<i4"),
+    "LongStorage": np.dtype("<i8"),
+    "BoolStorage": np.dtype("?"),
+}
+_MODULES = ("torch", "torch.cuda", "torch.storage")
+_MAX_PICKLE = 256 * 2**20  # bytes; that of a large training state has a few
+
+
+@dataclasses.dataclass(eq=False)
+class Storage:
+    """The bytes that tensors share; `load` gives them, once, when a tensor is looked at.
+
+    Attributes:
+      dtype: of its elements. count: how many. load: their bytes, or a UserError.
+    """
+
+    dtype: np.dtype[Any]
+    count: int
+    load: Callable[[], memoryview]
+
+    @functools.cached_property
+    def data(self) -> memoryview:
+        data = self.load()
+        if len(data) < self.count * self.dtype.itemsize:
+            raise UserError("a storage in the file is shorter than stated: damaged, or not whole?")
+        return data[: self.count * self.dtype.itemsize]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor; see `arrays.Stored`. Offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.storage.dtype
+
+    def array(self) -> np.ndarray:
+        return arrays.strided(self.storage.data, self.dtype, self.offset, self.shape, self.strides)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without a storage")
+    (offset,) = sizes((offset,), "a tensor's offset")
+    shape, strides = sizes(shape, "a tensor's shape"), sizes(strides, "a tensor's strides")
+    if len(shape) != len(strides):
+        raise ValueError("a tensor with as many strides as axes is expected")
+    return Tensor(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+class _StorageType:
+    """Stand-in for a class such as `torch.FloatStorage`: only named, never called."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+
+
+def names() -> dict[tuple[str, str], Any]:
+    """Stand-ins for what the pickles of torch files name."""
+    found: dict[tuple[str, str], Any] = {
+        **arrays.python_names(),
+        ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+        ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
+        ("torch", "Size"): arrays.Opaque,
+        ("torch", "device"): arrays.Opaque,
+        ("torch.serialization", "_get_layout"): arrays.Opaque,
+    }
+    for module in _MODULES:
+        found |= {(module, name): _StorageType(dtype) for name, dtype in _DTYPES.items()}
+    for name in ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"):
+        found["torch", name] = arrays.Opaque()
+    return found
+
+
+def _storage_reference(identity: Any) -> tuple[np.dtype[Any], str, int]:
+    """Type, key and number of elements out of what a pickle says of a storage."""
+    if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+        raise ValueError("a reference to something other than a storage")
+    kind, key, _, count = identity[1:5]
+    if not isinstance(kind, _StorageType) or not isinstance(key, str):
+        raise ValueError("a storage of an unknown type")
+    if len(identity) > 5 and identity[5] is not None:
+        raise ValueError("a view of a storage, as torch before 0.4 wrote them")
+    return kind.dtype, key, sizes((count,), "a storage's size")[0]
+
+
+def read(data: memoryview) -> Any:
+    """The object in a torch file, with `Tensor` for tensors and plain Python for the rest.
+
+    Args:
+      data: the whole file, zip or legacy.
+
+    Raises:
+      UserError: it is damaged, not whole, of another kind, or names something outside of the allow list.
+    """
+    if data[:2] == b"PK":
+        return _read_zip(data)
+    if data[: len(LEGACY_START)] == LEGACY_START:
+        return _read_legacy(data)
+    raise UserError("not a file of torch.save")
+
+
+# Zip archives.
+
+
+def _read_zip(data: memoryview) -> Any:
+    try:
+        with zipfile.ZipFile(_Seekable(data)) as archive:  # type: ignore[arg-type]
+            members = {member.filename: member for member in archive.infolist()}
+    except Exception as error:  # whatever a damaged directory of an archive leads to
+        raise UserError(f"not a readable zip archive ({error}): damaged, or not whole?") from error
+    heads = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
+    if len(heads) != 1:
+        raise UserError("a zip archive, but not a checkpoint of torch.save (it has no data.pkl)")
+    head = heads[0]
+    if head + "constants.pkl" in members:
+        raise UserError("a TorchScript program, not a checkpoint: save the state dict with torch.save instead")
+    member = functools.partial(_member, data, members)
+    if head + "byteorder" in members and member(head + "byteorder") != b"little":
+        raise UserError("a big-endian torch file: save it again on a little-endian machine")
+    text = member(head + "data.pkl")
+    if len(text) > _MAX_PICKLE:
+        raise UserError(f"the pickle in the torch file has {len(text):,} bytes: not a checkpoint")
+    storages: dict[str, Storage] = {}
+
+    def persistent_load(identity: Any) -> Storage:
+        dtype, key, count = _storage_reference(identity)
+        if key not in storages:
+            storages[key] = Storage(dtype, count, functools.partial(member, f"{head}data/{key}"))
+        return _same(storages[key], dtype, count)
+
+    return pickles.load(View(text), names(), persistent_load=persistent_load, encoding="latin1")
+
+
+def _same(storage: Storage, dtype: np.dtype[Any], count: int) -> Storage:
+    """The same bytes, seen as what a later reference says."""
+    if (storage.dtype, storage.count) == (dtype, count):
+        return storage
+    return Storage(dtype, count, storage.load)
+
+
+def _member(data: memoryview, members: dict[str, zipfile.ZipInfo], name: str) -> memoryview:
+    """The bytes of one member of an archive, in place."""
+    try:
+        member = members[name]
+    except KeyError:
+        raise UserError(f"the torch file lacks {name}: damaged, or not whole?") from None
+    # torch stores members as they are; nothing that unpacks to more than the file's own size is ever looked at.
+    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size != member.compress_size:
+        raise UserError(f"{name} in the zip archive is packed, which torch.save never does: save it again with torch")
+    header = data[member.header_offset : member.header_offset + 30]
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise UserError(f"{name} in the zip archive has no header: damaged?")
+    start = member.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    content = data[start : start + member.file_size]
+    if len(content) != member.file_size:
+        raise UserError(f"{name} in the zip archive ends early: damaged, or not whole?")
+    arrays.checked(content, member.CRC, name)
+    return content
+
+
+class _Seekable(io.RawIOBase):
+    """A stretch of memory as the seekable file that `zipfile` asks for."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        start = (0, self._position, len(self._data))[whence]
+        if start + offset < 0:
+            raise OSError("a position before the file's start")
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1, /) -> bytes:
+        end = len(self._data) if size is None or size < 0 else self._position + size
+        part = bytes(self._data[self._position : end])
+        self._position += len(part)
+        return part
+
+
+# Legacy files.
+
+
+def _read_legacy(data: memoryview) -> Any:
+    view = View(data)
+    view.position = len(LEGACY_START)
+    if pickles.load(view, {}) != 1001:
+        raise UserError("a torch file of an unknown protocol: save it again with a current torch")
+    system = pickles.load(view, {})
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise UserError("a big-endian torch file: save it again on a little-endian machine")
+    storages: dict[str, Storage] = {}
+    contents: dict[str, memoryview] = {}
+
+    def content(key: str) -> memoryview:
+        try:
+            return contents[key]
+        except KeyError:
+            raise UserError(f"the torch file lacks storage {key}: damaged, or not whole?") from None
+
+    def persistent_load(identity: Any) -> Storage:
+        dtype, key, count = _storage_reference(identity)
+        if key not in storages:
+            storages[key] = Storage(dtype, count, functools.partial(content, key))
+        return _same(storages[key], dtype, count)
+
+    found = pickles.load(view, names(), persistent_load=persistent_load, encoding="latin1")
+    keys = pickles.load(view, {})
+    if not isinstance(keys, list):
+        raise UserError("the torch file lacks its list of storages: damaged?")
+    # The storages follow in the order of that list: how many elements, then the elements.
+    for key in keys:
+        if not isinstance(key, str) or key not in storages:
+            raise UserError("the torch file lists a storage that nothing uses: damaged?")
+        count = data[view.position : view.position + 8]
+        if len(count) < 8 or struct.unpack("<q", count)[0] != storages[key].count:
+            raise UserError("a storage in the torch file has another size than stated: damaged, or not whole?")
+        start, size = view.position + 8, storages[key].count * storages[key].dtype.itemsize
+        contents[key] = data[start : start + size]
+        if len(contents[key]) < size:
+            raise UserError("the torch file ends early: damaged, or not whole? Fetch or copy it again")
+        view.position = start + size
+    return found
+
+
+def storage_from_bytes(data: Any) -> Storage:
+    """Stand-in for `torch.storage._load_from_bytes`: the one storage in a torch file held as bytes.
+
+    Raises:
+      UserError: the bytes hold something else.
+    """
+    found = read(memoryview(data)) if isinstance(data, bytes | memoryview) else None
+    if not isinstance(found, Storage):
+        raise UserError("the pickle holds a storage that is not a torch file: damaged?")
+    return found

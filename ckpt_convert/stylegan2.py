@@ -1,0 +1,306 @@
+"""What StyleGAN2's parameters are called in other programs, and how they lie there: one table for each naming.
+
+A table is laid on the tree of our own parameters, as the network itself states it, and serves both ways: each row
+has a pattern of our names, their name for it, and how an array goes from their layout to ours and back. All ways
+back and forth only turn and cut axes, so that nothing is ever rounded (TensorFlow's shifted bias, which is only
+read, apart).
+
+Layouts: dense weights [out, in] in torch, [in, out] with us and in TensorFlow; convolutions [O, I, k, k] in torch,
+[k, k, I, O] elsewhere; up-convolutions turned by 180 degrees in TensorFlow. rosinality scales its convolutions'
+weights by 1 / sqrt(fan_in) on use, which demodulation takes out again and which ToRGB needs as we do, so the stored
+numbers are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ckpt_convert.formats.arrays import BFLOAT16, Stored
+from samjax.errors import UserError
+from samjax.io import checkpoints
+from samjax.nets.stylegan2 import StyleGAN2Config
+
+
+class Layout(NamedTuple):
+    """How an array goes from their layout to ours, and back."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda a: a, lambda a: a)
+DENSE = Layout(np.transpose, np.transpose)
+CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+FIRST_CONV = Layout(lambda a: CONV.ours(a[0]), lambda a: CONV.theirs(a)[None])  # an axis for the batch before it
+TURNED_CONV = Layout(lambda a: a[::-1, ::-1], lambda a: a[::-1, ::-1])
+CONST = Layout(lambda a: a.transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1))
+FIRST_CONST = Layout(lambda a: CONST.ours(a[0]), lambda a: CONST.theirs(a)[None])
+MAP = Layout(lambda a: a.reshape(a.shape[2:]), lambda a: a[None, None])
+CHANNELS = Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
+SCALAR = Layout(lambda a: a.reshape(()), lambda a: a.reshape(1))
+PLUS_ONE = Layout(lambda a: a.astype(np.float32) + np.float32(1), lambda a: a.astype(np.float32) - np.float32(1))
+
+
+class Row(NamedTuple):
+    """Our name as a pattern; theirs, from the pattern's groups; the layout."""
+
+    pattern: str
+    name: Callable[..., str]
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """The table of one program.
+
+    Attributes:
+      rows: see `Row`; the first that fits counts.
+      filters: names of the resampling filters [4, 4] that a file holds for a config, with their sum: constants of the
+        architecture, which are checked rather than kept.
+      ignored: names that mean nothing for inference.
+    """
+
+    rows: tuple[Row, ...]
+    filters: Callable[[StyleGAN2Config], dict[str, float]] = lambda _: {}
+    ignored: tuple[str, ...] = ()
+
+    def find(self, path: str) -> tuple[str, Layout]:
+        """Their name and layout of our parameter `path`."""
+        for row in self.rows:
+            if match := re.fullmatch(row.pattern, path):
+                return row.name(*match.groups()), row.layout
+        raise KeyError(path)
+
+
+def _same_name(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def _level(resolution: str) -> int:
+    return int(resolution).bit_length() - 3  # 0 at 4 px
+
+
+def _nvidia_filters(config: StyleGAN2Config) -> dict[str, float]:
+    names = []
+    for r in config.block_resolutions:
+        names += [f"synthesis.b{r}.resample_filter", f"synthesis.b{r}.conv1.resample_filter"]
+        names += [f"synthesis.b{r}.conv0.resample_filter"] if r > 4 else []
+    return dict.fromkeys(names, 1.0)
+
+
+NVIDIA = Naming(
+    rows=(
+        Row(r"(mapping/.*/weight)", _same_name, DENSE),
+        Row(r"(.*/affine/weight)", _same_name, DENSE),
+        Row(r"(synthesis/b4/const)", _same_name, CONST),
+        Row(r"(synthesis/b\d+/\w+/weight)", _same_name, CONV),
+        Row(r"(.*)", _same_name, SAME),
+    ),
+    filters=_nvidia_filters,
+)
+
+
+def _tensorflow_layer(r: str, layer: str) -> str:
+    names = {"conv0": "Conv0_up", "conv1": "Conv1" if r != "4" else "Conv", "torgb": "ToRGB"}
+    return f"synthesis/{r}x{r}/{names[layer]}"
+
+
+TENSORFLOW = Naming(
+    rows=(
+        Row(r"mapping/w_avg", lambda: "dlatent_avg", SAME),
+        Row(r"mapping/embed/(\w+)", lambda part: f"mapping/LabelEmbed/{part}", SAME),
+        Row(r"mapping/fc(\d+)/(\w+)", lambda i, part: f"mapping/Dense{i}/{part}", SAME),
+        Row(r"synthesis/b4/const", lambda: "synthesis/4x4/Const/const", FIRST_CONST),
+        Row(r"synthesis/b(\d+)/conv0/noise_const", lambda r: f"synthesis/noise{2 * _level(r) - 1}", MAP),
+        Row(r"synthesis/b(\d+)/conv1/noise_const", lambda r: f"synthesis/noise{2 * _level(r)}", MAP),
+        Row(r"synthesis/b(\d+)/(conv0)/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/weight", TURNED_CONV),
+        Row(r"synthesis/b(\d+)/(\w+)/affine/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_weight", SAME),
+        Row(r"synthesis/b(\d+)/(\w+)/affine/bias", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_bias", PLUS_ONE),
+        Row(r"synthesis/b(\d+)/(\w+)/(\w+)", lambda r, k, part: f"{_tensorflow_layer(r, k)}/{part}", SAME),
+    ),
+    ignored=("lod",),  # how far progressive growing had come, which StyleGAN2 does not use
+)
+
+
+def _rosinality_layer(r: str, layer: str) -> str:
+    level = _level(r)
+    if layer == "torgb":
+        return f"to_rgbs.{level - 1}" if level else "to_rgb1"
+    return f"convs.{2 * level - 2 + int(layer[-1])}" if level else "conv1"
+
+
+def _rosinality_filters(config: StyleGAN2Config) -> dict[str, float]:
+    levels = range(len(config.block_resolutions) - 1)
+    return {f"convs.{2 * i}.conv.blur.kernel": 4.0 for i in levels} | {
+        f"to_rgbs.{i}.upsample.kernel": 4.0 for i in levels
+    }
+
+
+ROSINALITY = Naming(
+    rows=(
+        Row(r"mapping/w_avg", lambda: "latent_avg", SAME),
+        Row(r"mapping/fc(\d+)/weight", lambda i: f"style.{int(i) + 1}.weight", DENSE),
+        Row(r"mapping/fc(\d+)/bias", lambda i: f"style.{int(i) + 1}.bias", SAME),
+        Row(r"synthesis/b4/const", lambda: "input.input", FIRST_CONST),
+        Row(r"synthesis/b(\d+)/conv0/noise_const", lambda r: f"noises.noise_{2 * _level(r) - 1}", MAP),
+        Row(r"synthesis/b(\d+)/conv1/noise_const", lambda r: f"noises.noise_{2 * _level(r)}", MAP),
+        Row(r"synthesis/b(\d+)/(\w+)/noise_strength", lambda r, k: f"{_rosinality_layer(r, k)}.noise.weight", SCALAR),
+        Row(
+            r"synthesis/b(\d+)/(\w+)/affine/weight",
+            lambda r, k: f"{_rosinality_layer(r, k)}.conv.modulation.weight",
+            DENSE,
+        ),
+        Row(
+            r"synthesis/b(\d+)/(\w+)/affine/bias", lambda r, k: f"{_rosinality_layer(r, k)}.conv.modulation.bias", SAME
+        ),
+        Row(r"synthesis/b(\d+)/(\w+)/weight", lambda r, k: f"{_rosinality_layer(r, k)}.conv.weight", FIRST_CONV),
+        Row(r"synthesis/b(\d+)/(torgb)/bias", lambda r, k: f"{_rosinality_layer(r, k)}.bias", CHANNELS),
+        Row(r"synthesis/b(\d+)/(\w+)/bias", lambda r, k: f"{_rosinality_layer(r, k)}.activate.bias", SAME),
+    ),
+    filters=_rosinality_filters,
+)
+
+OWN = Naming(rows=(Row(r"(.*)", lambda path: path, SAME),))
+
+NAMINGS: Mapping[str, Naming] = {
+    "nvidia": NVIDIA,
+    "tensorflow": TENSORFLOW,
+    "rosinality": ROSINALITY,
+    "samjax": OWN,
+}
+
+
+def resample_filter(total: float) -> np.ndarray:
+    """The filter [1, 3, 3, 1] in both directions, with the sum `total`; [4, 4]."""
+    taps = np.array([1, 3, 3, 1], np.float32)
+    return np.outer(taps, taps) * np.float32(total / 64)
+
+
+# --- config ---
+
+
+def _our_shape(naming: Naming, stored: Mapping[str, Stored], path: str) -> tuple[int, ...] | None:
+    """Shape that our parameter `path` takes from the file; None if the file lacks it."""
+    try:
+        name, layout = naming.find(path)
+    except KeyError:
+        return None
+    if name not in stored:
+        return None
+    # A view of one number stands for the array: layouts move axes only.
+    try:
+        return layout.ours(np.broadcast_to(np.int8(0), stored[name].shape)).shape
+    except (ValueError, IndexError):
+        raise UserError(f"{name} has the shape {list(stored[name].shape)}, which it has in no StyleGAN2") from None
+
+
+def infer_config(naming: Naming, stored: Mapping[str, Stored], settings: Mapping[str, Any]) -> StyleGAN2Config:
+    """The config of a generator in a file: what the file states (`settings`), else what its arrays' shapes tell.
+
+    Raises:
+      UserError: no StyleGAN2 generator of any size has such arrays.
+    """
+
+    def shape(path: str, axes: int) -> tuple[int, ...]:
+        found = _our_shape(naming, stored, path)
+        if found is None or len(found) != axes or 0 in found:
+            first = ", ".join(list(stored)[:4])[:200]
+            raise UserError(f"no StyleGAN2 generator in the file ({path} is missing; it has {first or 'nothing'} …)")
+        return found
+
+    channels: dict[int, int] = {}
+    for level in range(2, 11):
+        if _our_shape(naming, stored, f"synthesis/b{2**level}/conv1/weight") is None:
+            break
+        channels[2**level] = shape(f"synthesis/b{2**level}/conv1/weight", 4)[-1]
+    layers = 0
+    while _our_shape(naming, stored, f"mapping/fc{layers}/weight") is not None:
+        layers += 1
+    w_dim = shape("synthesis/b4/conv1/affine/weight", 2)[0]
+    embed = _our_shape(naming, stored, "mapping/embed/weight")
+    c_dim = shape("mapping/embed/weight", 2)[0] if embed else 0
+    values: dict[str, Any] = {
+        "img_resolution": max(channels, default=0),
+        "z_dim": shape("mapping/fc0/weight", 2)[0] - (embed[1] if embed else 0),
+        "c_dim": c_dim,
+        "w_dim": w_dim,
+        "img_channels": shape("synthesis/b4/torgb/weight", 4)[-1],
+        "mapping_layers": layers,
+        **settings,
+    }
+    values |= _channel_rule(channels, settings)
+    return checkpoints.config_from_dict(values, "the file")
+
+
+def _channel_rule(channels: Mapping[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`channel_base` and `channel_max`: as stated if they give the file's channels, else worked out from those."""
+    most = max(channels.values(), default=1)
+    limited = {r: count for r, count in channels.items() if count < most} or channels
+    found = {"channel_base": max((r * count for r, count in limited.items()), default=1), "channel_max": most}
+    stated = {**found, **{name: settings[name] for name in found if name in settings}}
+    if all(isinstance(value, int) for value in stated.values()) and all(
+        min(stated["channel_base"] // r, stated["channel_max"]) == count for r, count in channels.items()
+    ):
+        return stated
+    return found
+
+
+# --- there and back ---
+
+
+def _as_float(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
+        raise UserError(f"{name} in the file is of the type {array.dtype}, not of floating-point numbers")
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} in the file holds values that are not finite: damaged, or the training had diverged")
+    return array
+
+
+def to_ours(naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Config) -> dict[str, np.ndarray]:
+    """Our parameters, by our flat names, out of a file's arrays; views of the file where that can be.
+
+    Raises:
+      UserError: arrays are missing, unexpected or of another shape (all listed), or hold what weights cannot.
+    """
+    shapes = checkpoints.parameter_shapes(config)
+    try:
+        rows = {path: naming.find(path) for path in shapes}
+    except KeyError as error:
+        raise UserError(f"files with these names cannot hold {error.args[0]}, which the config asks for") from None
+    filters = naming.filters(config)
+    # The shapes in their layout, again through a view of one number.
+    zero = np.float32(0)
+    expected = {
+        name: layout.theirs(np.broadcast_to(zero, shapes[path])).shape for path, (name, layout) in rows.items()
+    } | dict.fromkeys(filters, (4, 4))
+    found = {name: tuple(array.shape) for name, array in stored.items()}
+    if wrong := checkpoints.differences(found, expected, naming.ignored):
+        size = f"{config.img_resolution} px, {config.channel_base}/{config.channel_max} channels"
+        raise UserError(f"the file is not a StyleGAN2 generator as expected ({size}): {wrong}")
+    for name, total in filters.items():
+        if not np.allclose(stored[name].array().astype(np.float32), resample_filter(total), rtol=0, atol=1e-4):
+            raise UserError(f"{name} is not the filter [1, 3, 3, 1], the only one that samjax's StyleGAN2 has")
+    return {path: layout.ours(_as_float(stored[name].array(), name)) for path, (name, layout) in rows.items()}
+
+
+def to_theirs(naming: Naming, params: Mapping[str, Any], config: StyleGAN2Config) -> dict[str, np.ndarray]:
+    """The reverse of `to_ours`: `params` by our flat names; float32, filters included.
+
+    Raises:
+      UserError: their network lacks a part that ours has.
+    """
+    arrays = {}
+    for path, value in params.items():
+        try:
+            name, layout = naming.find(path)
+        except KeyError:
+            raise UserError(f"the other network cannot take {path}: labels, for one, exist in NVIDIA's only") from None
+        arrays[name] = layout.theirs(np.asarray(value, np.float32))
+    return arrays | {name: resample_filter(total) for name, total in naming.filters(config).items()}

@@ -1,0 +1,437 @@
+"""Generators on disk: the only module that knows Orbax and safetensors.
+
+A converted generator is a folder of an Orbax checkpoint (`params/`) and `manifest.json`, which says in plain words
+what it is: where it came from, its config, and every array with shape, type and checksum. The generator inside the
+package is one safetensors file with the same names and its config in the file's metadata.
+
+Half precision on disk stays so; in memory every parameter is float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from samjax.errors import UserError
+from samjax.io import files
+from samjax.nets import stylegan2
+from samjax.nets.stylegan2 import Params, StyleGAN2Config
+
+# Orbax takes seconds to import, and the generator in the package does not need it: see the functions that do.
+
+MANIFEST = "manifest.json"
+_PARAMS = "params"
+_FORMAT = "samjax generator 1"
+_DTYPES = ("float32", "float16", "bfloat16")
+_MAX_SIZE = 2**24  # of any entry of a config
+
+
+class LoadedGenerator(NamedTuple):
+    """A generator as the networks take it.
+
+    Attributes:
+      config: its sizes.
+      params: nested dictionary of float32 arrays; see `samjax.nets.stylegan2`.
+      manifest: what is known of its origin; empty for a safetensors file that says nothing.
+    """
+
+    config: StyleGAN2Config
+    params: Params
+    manifest: dict[str, Any]
+
+
+# --- names ---
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Nested dictionary to one level: `{"synthesis/b4/const": array, …}`."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{rest}": array for rest, array in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flatten`."""
+    params: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        inner = params
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[name] = value
+    return params
+
+
+@functools.lru_cache(maxsize=8)
+def _parameter_shapes(config: StyleGAN2Config) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    tree = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
+    return tuple((path, tuple(leaf.shape)) for path, leaf in flatten(tree).items())
+
+
+def parameter_shapes(config: StyleGAN2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a generator, traced from the network itself; nothing is computed."""
+    return dict(_parameter_shapes(config))
+
+
+def compact(names: Iterable[str]) -> str:
+    """Names in one line, those that differ only in their last part together: `a/b/{weight, bias}`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        cut = max(name.rfind("/"), name.rfind(".")) + 1
+        groups.setdefault(name[:cut], []).append(name[cut:])
+    return ", ".join(
+        head + (ends[0] if len(ends) == 1 else "{" + ", ".join(ends) + "}") for head, ends in groups.items()
+    )
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
+) -> str:
+    """What separates the arrays that a file has from those that it should have, all in one line; "" if nothing."""
+    parts = []
+    if missing := [name for name in expected if name not in found]:
+        parts.append(f"{len(missing)} missing: {compact(missing)}")
+    allowed = set(ignored)
+    if unexpected := [name for name in found if name not in expected and name not in allowed]:
+        parts.append(f"{len(unexpected)} unexpected: {compact(unexpected)}")
+    both = [name for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
+    if both:
+        shapes = ", ".join(f"{name} {list(found[name])} instead of {list(expected[name])}" for name in both)
+        parts.append(f"{len(both)} of another shape: {shapes}")
+    return "; ".join(parts)
+
+
+def config_to_dict(config: StyleGAN2Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: Any, where: str) -> StyleGAN2Config:
+    """The config that `values` describe; `where` names them in messages.
+
+    Raises:
+      UserError: a field is unknown, or is not a size that a generator can have.
+    """
+    fields = {field.name for field in dataclasses.fields(StyleGAN2Config)}
+    if not isinstance(values, Mapping) or not set(values) <= fields:
+        raise UserError(f"{where} has no config of a StyleGAN2 generator: damaged, or of another program?")
+    for name, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "conv_clamp":
+            good = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0)
+        else:
+            good = whole and (0 if name == "c_dim" else 1) <= value <= _MAX_SIZE
+        if not good:
+            raise UserError(f"{where}: {name} is {str(value)[:40]!r}, which no StyleGAN2 generator can have")
+    clamp = values.get("conv_clamp")
+    try:
+        return StyleGAN2Config(**{**values, "conv_clamp": None if clamp is None else float(clamp)})
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+# --- folders ---
+
+
+def _contiguous(array: Any) -> np.ndarray:
+    # `np.ascontiguousarray` alone makes a scalar an array of one.
+    array = np.asarray(array)
+    return np.ascontiguousarray(array).reshape(array.shape)
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(memoryview(_contiguous(array).reshape(-1).view(np.uint8)))
+
+
+def _check_shapes(config: StyleGAN2Config, flat: Mapping[str, Any], where: str) -> None:
+    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
+    if wrong := differences(found, parameter_shapes(config)):
+        raise UserError(f"{where} does not hold the generator that its config describes: {wrong}")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_text("utf-8")).get("format") == _FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_writable(path: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Says early whether `save_generator` may write to `path`.
+
+    Raises:
+      UserError: there is a file, a folder of something else, or the generator of another source.
+    """
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            if not any(folder.iterdir()):
+                return
+            if not _is_ours(folder):
+                raise UserError(f"{folder} is not empty and not a converted generator: choose another folder")
+            old = json.loads((folder / MANIFEST).read_text("utf-8")).get("source")
+            if _origin(old) & _origin(manifest.get("source")) or old == manifest.get("source"):
+                return
+            name = old.get("file") if isinstance(old, Mapping) else old
+            raise UserError(f"{folder} holds the generator of {name}: choose another folder, or delete that one")
+        if folder.exists() or folder.is_symlink():
+            raise UserError(f"{folder} is a file: choose the name of a folder")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"cannot write {str(folder)!r}: not a legal folder name") from error
+
+
+def _origin(source: Any) -> set[tuple[str, str]]:
+    """What makes two sources the same: the file's name, or its contents."""
+    if not isinstance(source, Mapping):
+        return set()
+    return {(key, source[key]) for key in ("file", "sha256") if isinstance(source.get(key), str)}
+
+
+@contextlib.contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write in that becomes `path` when the block ends well, and disappears when it does not."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.parent / f".{secrets.token_hex(8)}.part"
+    old = path.parent / f".{secrets.token_hex(8)}.old"
+    try:
+        beside.mkdir()
+        yield beside
+        if path.exists():
+            path.rename(old)
+        try:
+            beside.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        for folder in (beside, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_generator(path: str | Path, config: StyleGAN2Config, params: Params, manifest: Mapping[str, Any]) -> None:
+    """Writes a generator as an Orbax folder with its manifest; it appears whole, or not at all.
+
+    A folder that holds the generator of the same source is replaced; anything else at `path` is left alone.
+
+    Args:
+      path: of the folder.
+      config: the generator's sizes.
+      params: nested dictionary of arrays: float32, or float16 or bfloat16, which halve the size on disk.
+      manifest: what to say of the generator's origin, for JSON; `source` decides what may be replaced.
+
+    Raises:
+      UserError: there is something else at `path`, or it cannot be written.
+      ValueError: `params` are not those of `config`.
+    """
+    import orbax.checkpoint as ocp
+
+    folder, flat = Path(path), flatten(params)
+    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
+    if wrong := differences(found, parameter_shapes(config)):
+        raise ValueError(f"the parameters are not those of the config: {wrong}")
+    check_writable(folder, manifest)
+    flat = {name: np.asarray(array) for name, array in flat.items()}
+    described = {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": _checksum(array)}
+        for name, array in flat.items()
+    }
+    if odd := [name for name, array in described.items() if array["dtype"] not in _DTYPES]:
+        raise ValueError(f"parameters must be float32, float16 or bfloat16; these are not: {compact(odd)}")
+    whole = {"format": _FORMAT, **manifest, "config": config_to_dict(config), "arrays": described}
+    try:
+        with _whole_folder(folder) as beside:
+            # Weights hardly compress, and compressing them doubles the memory that writing takes.
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+                checkpointer.save((beside / _PARAMS).absolute(), args=ocp.args.PyTreeSave(unflatten(flat)))
+            files.write_text(beside / MANIFEST, _readable(whole))
+    except UserError:
+        raise
+    except Exception as error:  # what a full disk makes of the libraries below
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0][:200]
+        raise UserError(f"cannot write {folder}: {reason}") from error
+
+
+def _readable(manifest: Mapping[str, Any]) -> str:
+    """A manifest as JSON with one line for each array."""
+    text = json.dumps({**manifest, "arrays": {}}, indent=2, ensure_ascii=False)
+    rows = (f"\n    {json.dumps(name)}: {json.dumps(array)}" for name, array in manifest["arrays"].items())
+    return text.replace('"arrays": {}', f'"arrays": {{{",".join(rows)}\n  }}') + "\n"
+
+
+def _restore(folder: Path, dtypes: Mapping[str, str]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    args = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(dtype)) for name, dtype in dtypes.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restore = ocp.args.PyTreeRestore(restore_args=unflatten(args))
+        return flatten(checkpointer.restore((folder / _PARAMS).absolute(), args=restore))
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def _load_folder(folder: Path) -> LoadedGenerator:
+    try:
+        text = (folder / MANIFEST).read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a converted generator (it has no {MANIFEST}): make one with python -m ckpt_convert"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {folder / MANIFEST}: {error}") from error
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise UserError(f"{folder} is not a generator converted by this version: convert it again")
+    config = config_from_dict(manifest.get("config"), str(folder / MANIFEST))
+    arrays = manifest.get("arrays")
+    if not isinstance(arrays, dict) or not all(
+        isinstance(array, dict) and isinstance(array.get("shape"), list) and array.get("dtype") in _DTYPES
+        for array in arrays.values()
+    ):
+        raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again")
+    if wrong := differences({name: tuple(array["shape"]) for name, array in arrays.items()}, parameter_shapes(config)):
+        raise UserError(f"{folder} does not hold the generator that its config describes: {wrong}")
+    try:
+        flat = _restore(folder, {name: array["dtype"] for name, array in arrays.items()})
+    except Exception as error:  # whatever a damaged folder makes of the libraries below
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+        raise UserError(f"{folder / _PARAMS} cannot be read ({reason}): convert the generator again") from error
+    _check_shapes(config, flat, str(folder))
+    damaged = [
+        name
+        for name, array in flat.items()
+        if array.dtype != _dtype(arrays[name]["dtype"]) or _checksum(array) != arrays[name].get("crc32")
+    ]
+    if damaged:
+        raise UserError(f"{folder} is damaged ({compact(damaged)}): convert the generator again")
+    return LoadedGenerator(config, _on_device(flat), manifest)
+
+
+def _on_device(flat: Mapping[str, np.ndarray]) -> Params:
+    return unflatten({name: jnp.asarray(array, jnp.float32) for name, array in flat.items()})
+
+
+# --- safetensors ---
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and metadata of a safetensors file.
+
+    Raises:
+      UserError: it is missing, damaged, or not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a converted generator or a .safetensors file") from None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable safetensors file ({reason}): damaged, or not whole?") from error
+
+
+def write_safetensors(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, whole. Raises UserError if it cannot be written."""
+    from safetensors.numpy import save
+
+    # The library writes an array's memory as it lies, so it has to lie in order.
+    data = save({name: _contiguous(array) for name, array in arrays.items()}, dict(metadata))
+    files.write_bytes(path, data)
+
+
+def parse_metadata(text: str | None, where: str) -> Any:
+    """JSON out of a metadata field. Raises UserError if it is not."""
+    try:
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} has damaged metadata") from None
+
+
+def save_safetensors(
+    path: str | Path,
+    config: StyleGAN2Config,
+    params: Params,
+    dtype: DTypeLike = np.float32,
+    manifest: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a generator as one safetensors file under our own names, its config in the metadata.
+
+    Args:
+      path: of the file, which is replaced if it exists.
+      config: the generator's sizes.
+      params: nested dictionary of arrays.
+      dtype: float32, or float16 for half the size.
+      manifest: what to say of the generator's origin, for JSON.
+
+    Raises:
+      UserError: the file cannot be written.
+      ValueError: `params` are not those of `config`, or some leave the range of `dtype`.
+    """
+    flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(params).items()}
+    found = {name: array.shape for name, array in flat.items()}
+    if wrong := differences(found, parameter_shapes(config)):
+        raise ValueError(f"the parameters are not those of the config: {wrong}")
+    if infinite := [name for name, array in flat.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"not finite as {np.dtype(dtype)}: {compact(infinite)}")
+    metadata = {"format": _FORMAT, "config": json.dumps(config_to_dict(config)), "manifest": json.dumps(manifest or {})}
+    write_safetensors(path, flat, metadata)
+
+
+def _load_safetensors(path: Path) -> LoadedGenerator:
+    flat, metadata = read_safetensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise UserError(f"{path} is not a generator of ours: convert it first, python -m ckpt_convert {path} OUT_DIR")
+    config = config_from_dict(parse_metadata(metadata.get("config"), str(path)), str(path))
+    _check_shapes(config, flat, str(path))
+    if odd := [name for name, array in flat.items() if str(array.dtype) not in _DTYPES]:
+        raise UserError(f"{path} holds arrays that are not of floating-point numbers: {compact(odd)}")
+    manifest = parse_metadata(metadata.get("manifest"), str(path))
+    return LoadedGenerator(config, _on_device(flat), manifest if isinstance(manifest, dict) else {})
+
+
+def load_generator(path: str | Path) -> LoadedGenerator:
+    """Reads a generator.
+
+    Args:
+      path: a folder written by `save_generator` (which `python -m ckpt_convert` uses), or a file by `save_safetensors`.
+
+    Returns:
+      Config, float32 parameters on the default device, and the manifest.
+
+    Raises:
+      UserError: it is missing, damaged, not whole, or something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.suffix in (".pkl", ".pt", ".pth", ".ckpt"):
+        raise UserError(f"{path} is not converted yet: python -m ckpt_convert {path} OUT_DIR, then give OUT_DIR")
+    return _load_safetensors(path)
