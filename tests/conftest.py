@@ -1,0 +1,43 @@
+"""What all tests share: two CPU devices, strict types, and the golden files.
+
+Golden files hold what the reference computed, NCHW; `tests/golden/fill.py` holds the rules that made its weights.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests marked gpu are run with JAX_PLATFORMS=cuda,cpu
+
+import jax
+import numpy as np
+import pytest
+
+# Before JAX starts its backends, which happens at the first array.
+jax.config.update("jax_num_cpu_devices", 2)  # so that sharding over devices is tested, not only written
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # a stray float64 or integer is an error
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of the reference cases and of the checkpoint files."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Mapping[str, np.ndarray]]:
+    """`golden("lpips_A")` reads that case once and gives its arrays, not to be written to."""
+    cases: dict[str, Mapping[str, np.ndarray]] = {}
+
+    def read(name: str) -> Mapping[str, np.ndarray]:
+        if name not in cases:
+            with np.load(GOLDEN / f"{name}.npz") as file:
+                arrays = {key: file[key] for key in file.files}
+            for array in arrays.values():
+                array.flags.writeable = False
+            cases[name] = arrays
+        return cases[name]
+
+    return read

