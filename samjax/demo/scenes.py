@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.stats import norm
 
@@ -105,14 +106,16 @@ def _values(z: Array) -> dict[str, Array]:
 
 
 def _paint_backdrop(f: dict[str, Array], x: Array, y: Array) -> _Canvas:
-    horizon = 0.50 + 0.08 * f["horizon"]
+    horizon = 0.51 + 0.06 * f["horizon"]
     zenith = _mix((0.22, 0.42, 0.78), (0.50, 0.38, 0.62), f["zenith"]) * (0.7 + 0.3 * f["brightness"])
     low = _mix((0.82, 0.90, 0.96), (0.99, 0.80, 0.62), f["warmth"])
     height = jnp.clip(y / horizon, 0, 1)[..., None]
     canvas = _Canvas(zenith * (1 - height) + low * height, jnp.zeros(x.shape, jnp.int32), 1.0 / x.shape[0])
     # Two waves of fixed length whose crests slide with the phase: one ridge, never a jagged one.
     phase = 2 * jnp.pi * 0.45 * (f["hill_phase"] - 0.5)
-    wave = 0.5 + 0.35 * jnp.sin(2 * jnp.pi * 1.05 * x + 1.2 + phase) + 0.15 * jnp.sin(2 * jnp.pi * 2.3 * x - 0.4 + phase)
+    wave = (
+        0.5 + 0.35 * jnp.sin(2 * jnp.pi * 1.05 * x + 1.2 + phase) + 0.15 * jnp.sin(2 * jnp.pi * 2.3 * x - 0.4 + phase)
+    )
     ridge = horizon - 0.03 - (0.04 + 0.10 * f["hill_height"]) * wave
     hill = _mix((0.42, 0.55, 0.34), (0.47, 0.50, 0.62), f["hill_colour"])
     haze = jnp.clip((y - ridge) / 0.16, 0, 1)[..., None]
@@ -136,8 +139,8 @@ def _corners(body: Array, roof: Array, bonnet: Array) -> Array:
 
 
 def _paint_car(canvas: _Canvas, f: dict[str, Array], x: Array, y: Array) -> _Canvas:
-    size = 0.98 + 0.24 * f["scale"]
-    ground = 0.50 + 0.08 * f["horizon"] + 0.225
+    size = 1.0 + 0.20 * f["scale"]
+    ground = 0.51 + 0.06 * f["horizon"] + 0.225
     x, y = (x - 0.5 - 0.12 * (f["position"] - 0.5)) / size, (y - ground) / size
     pixel = canvas.pixel / size
     canvas = _Canvas(canvas.image, canvas.labels, pixel)
@@ -171,3 +174,125 @@ def render(z: Array, resolution: int = 256) -> Scene:
     x, y = _grid(resolution)
     canvas = _paint_car(_paint_backdrop(f, x, y), f, x, y)
     return Scene(jnp.clip(canvas.image, 0, 1) * 2 - 1, canvas.labels)
+
+
+# --- hard scenes ---
+
+# Mixes three independent noises into mostly light and dark, some green against brown.
+_LEAFY = np.float32([[0.8, 0.9, 0.5], [-0.35, 0.3, -0.15], [0.15, 0.0, -0.1]])
+
+
+def _noise(key: Array, cells: int, resolution: int, method: str) -> Array:
+    """Smooth or blocky noise in (-1, 1), [resolution, resolution, 3]."""
+    grid = jax.random.uniform(key, (cells, cells, 3), minval=-1.0, maxval=1.0)
+    return jax.image.resize(grid, (resolution, resolution, 3), method)
+
+
+def _paint_texture(canvas: _Canvas, key: Array, region: Array, strength: Array, cells: int, label: int) -> _Canvas:
+    texture = canvas.image + strength * (_noise(key, cells, canvas.image.shape[0], "cubic") @ _LEAFY)
+    return canvas.paint(region, jnp.clip(texture, 0, 1), label)
+
+
+def _paint_house(canvas: _Canvas, key: Array, ground: Array, x: Array, y: Array) -> _Canvas:
+    """A house front with a grid of windows, on the horizon behind the car."""
+    keys = jax.random.split(key, 5)
+    left = jax.random.uniform(keys[0], (), minval=-0.05, maxval=0.55)
+    width = jax.random.uniform(keys[1], (), minval=0.30, maxval=0.50)
+    top = ground - jax.random.uniform(keys[2], (), minval=0.24, maxval=0.36)
+    wall = jax.random.uniform(keys[3], (3,), minval=0.35, maxval=0.85)
+    front = jnp.maximum(jnp.maximum(left - x, x - left - width), jnp.maximum(top - y, y - ground))
+    canvas = canvas.paint(front, wall, BACKDROP)
+    u, v = (x - left - 0.02) % 0.062 - 0.022, (y - top - 0.02) % 0.072 - 0.025
+    pane = jnp.maximum(jnp.maximum(jnp.abs(u) - 0.015, jnp.abs(v) - 0.020), front + 0.014)
+    row, column = (y - top - 0.02) // 0.072, (x - left - 0.02) // 0.062
+    lit = jnp.sin(37.0 * row + 91.0 * column + 6.28 * jax.random.uniform(keys[4], ()))[..., None] > 0.2
+    return canvas.paint(pane, jnp.where(lit, jnp.asarray((0.98, 0.88, 0.55)), jnp.asarray((0.16, 0.20, 0.28))))
+
+
+def _paint_post(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) -> _Canvas:
+    """A striped post with a round sign."""
+    keys = jax.random.split(key, 2)
+    centre = jax.random.uniform(keys[0], (), minval=0.22, maxval=0.78)
+    colour = jax.random.uniform(keys[1], (3,), minval=0.1, maxval=0.95)
+    stripe = jnp.where(((y * 14) % 1 < 0.5)[..., None], colour, jnp.asarray((0.95, 0.95, 0.93)))
+    canvas = canvas.paint(_box(x, y, centre, foot - 0.20, 0.017, 0.20, 0.004), stripe, OCCLUDER)  # type: ignore[arg-type]
+    canvas = canvas.paint(_circle(x, y, centre, foot - 0.43, 0.062), jnp.asarray((0.93, 0.93, 0.90)), OCCLUDER)
+    canvas = canvas.paint(_circle(x, y, centre, foot - 0.43, 0.050), colour)
+    return canvas.paint(_box(x, y, centre, foot - 0.43, 0.033, 0.009, 0.002), jnp.full(3, 0.97))  # type: ignore[arg-type]
+
+
+def _paint_tree(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) -> _Canvas:
+    """A trunk with bark and a crown of leaves."""
+    keys = jax.random.split(key, 4)
+    centre = jax.random.uniform(keys[0], (), minval=0.18, maxval=0.82)
+    size = canvas.image.shape[0]
+    bark = jnp.asarray((0.36, 0.26, 0.18)) * (1 + 0.5 * jnp.sin(x * 420 + 3 * jnp.sin(y * 40)))[..., None]
+    trunk = jnp.abs(x - centre - 0.01 * jnp.sin(y * 20)) - 0.018 - 0.012 * jnp.clip((y - foot + 0.10) / 0.10, 0, 1)
+    canvas = canvas.paint(jnp.maximum(jnp.maximum(trunk, y - foot), foot - 0.46 - y), bark, OCCLUDER)
+    ragged = 0.02 * _noise(keys[1], 20, size, "cubic")[..., 0]
+    crown = jnp.minimum(
+        _circle(x, y, centre, foot - 0.52, 0.125),
+        jnp.minimum(
+            _circle(x, y, centre - 0.085, foot - 0.46, 0.075), _circle(x, y, centre + 0.085, foot - 0.47, 0.08)
+        ),
+    )
+    tint = jax.random.uniform(keys[3], (3,), minval=0.0, maxval=1.0) * jnp.asarray((0.45, 0.15, 0.05))
+    leaves = jnp.asarray((0.16, 0.36, 0.13)) + tint + 0.22 * _noise(keys[2], 46, size, "nearest")[..., :1]
+    return canvas.paint(crown + ragged, leaves, OCCLUDER)
+
+
+def _paint_person(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) -> _Canvas:
+    """Somebody with a checked coat, standing before the car."""
+    keys = jax.random.split(key, 4)
+    centre = jax.random.uniform(keys[0], (), minval=0.2, maxval=0.8)
+    coat = jax.random.uniform(keys[1], (3,), minval=0.1, maxval=0.9)
+    trousers = jax.random.uniform(keys[2], (3,), minval=0.08, maxval=0.4)
+    skin = jnp.asarray((0.45, 0.30, 0.22)) + jnp.asarray((0.50, 0.44, 0.40)) * jax.random.uniform(keys[3], ())
+    for side in (-0.020, 0.020):
+        canvas = canvas.paint(_box(x, y, centre + side, foot - 0.075, 0.015, 0.08, 0.008), trousers, OCCLUDER)  # type: ignore[arg-type]
+        canvas = canvas.paint(_box(x, y, centre + 2.6 * side, foot - 0.20, 0.011, 0.065, 0.011), coat * 0.8, OCCLUDER)  # type: ignore[arg-type]
+    check = jnp.where((((x - centre) * 45 % 1 < 0.5) ^ (y * 45 % 1 < 0.5))[..., None], coat, 0.5 * coat + 0.45)
+    canvas = canvas.paint(_box(x, y, centre, foot - 0.205, 0.044, 0.075, 0.022), check, OCCLUDER)  # type: ignore[arg-type]
+    canvas = canvas.paint(_circle(x, y, centre, foot - 0.315, 0.033), skin, OCCLUDER)
+    hat = jnp.maximum(_circle(x, y, centre, foot - 0.322, 0.036), y - foot + 0.326)
+    return canvas.paint(hat, coat[::-1])
+
+
+def render_hard(z: Array, *, key: Array, resolution: int = 256) -> Scene:
+    """A scene that no generator of the domain has seen: `render`, with strangers in it.
+
+    Behind the car stands a house, or the hills carry a forest; in front of it a post, a tree or a person
+    (sometimes two of them); and the light comes from one side.
+
+    Args:
+      z: [NUM_FACTORS], standard normal: the scene underneath.
+      key: decides the strangers.
+      resolution: pixels a side.
+
+    Returns:
+      `Scene`; labels OCCLUDER and BACKDROP mark what was added, CAR what is still seen of the car.
+    """
+    keys = jax.random.split(key, 8)
+    f = _values(z)
+    x, y = _grid(resolution)
+    horizon = 0.51 + 0.06 * f["horizon"]
+    plain = _paint_backdrop(f, x, y)
+    hills = jnp.where(plain.labels == LABELS.index("hills"), -1.0, 1.0)
+    forest = _paint_texture(plain, keys[0], hills, jnp.asarray(0.30), 42, BACKDROP)
+    house = _paint_house(plain, keys[1], horizon + 0.012, x, y)
+    with_house = jax.random.bernoulli(keys[2])
+    choose = lambda pick, a, b: _Canvas(  # noqa: E731
+        jnp.where(pick, a.image, b.image), jnp.where(pick, a.labels, b.labels), plain.pixel
+    )
+    canvas = _paint_car(choose(with_house, house, forest), f, x, y)
+    canvas = _Canvas(canvas.image, canvas.labels, plain.pixel)
+    foot = horizon + 0.30
+    painters = (_paint_post, _paint_tree, _paint_person)
+    first = jax.random.randint(keys[3], (), 0, 3)
+    second = jax.random.randint(keys[4], (), 0, 6)  # half of the scenes have only one
+    for which, draw in ((first, keys[5]), (second, keys[6])):
+        for i, painter in enumerate(painters):
+            canvas = choose(which == i, painter(canvas, draw, foot, x, y), canvas)
+    side = jax.random.uniform(keys[7], (), minval=-1.0, maxval=1.0)
+    light = 1 + 0.35 * side * (x - 0.5)[..., None] * jnp.asarray((1.2, 1.0, 0.7))
+    return Scene(jnp.clip(canvas.image * light, 0, 1) * 2 - 1, canvas.labels)

@@ -1,0 +1,221 @@
+"""Holds SAM against inversion in each single layer, over many images.
+
+    python experiments/evaluate.py                                       # 32 held-out hard scenes of the demo
+    python experiments/evaluate.py --image_folder DIR --gan_weights converted/
+
+Prints a Markdown table of PSNR, SSIM, LPIPS (VGG), seconds, and how much of an edit survives: the change of colour it
+makes (for the demo inside the true car segment), relative to the inversion in W+. Writes it, with every image's
+figures, to OUTPUT_PATH. Finished images are kept: the same command goes on where it was stopped.
+
+With several --thresholds there is one row of SAM for each: to choose one, on other scenes (--scene_seed).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import cli
+import jax
+import numpy as np
+import tqdm
+
+from samjax import api, demo, maps, segmentation
+from samjax.config import CATEGORIES, Category, InversionConfig
+from samjax.errors import UserError
+from samjax.io import files, images
+from samjax.latents import single_layer_masks
+from samjax.metrics import edit_effect, quality
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    image_folder: Path | None = None
+    """Images, with NAME_segments.png beside them where there are label images; none: hard scenes of the demo."""
+    gan_weights: Path | None = None
+    """A converted generator; none: the demo's."""
+    output_path: Path = Path("output/evaluation")
+    scenes: int = 32
+    """How many hard scenes."""
+    scene_seed: int = 1
+    """Which hard scenes: 1 are the held-out ones, the demo's threshold was chosen on those of 2."""
+    thresholds: tuple[float, ...] | None = None
+    """Mean error up to which a segment may use a layer; none: that of the category."""
+    num_opt_steps: int | None = None
+    """Steps of every inversion; none: 1001, the demo 100."""
+    lpips_type: Literal["vgg", "alex"] | None = None
+    """Network of the loss; none: vgg, the demo alex. The table's LPIPS is always VGG's."""
+    edit: Path | None = None
+    """The direction whose effect is measured; none: the demo's "blue car"."""
+    edit_strength: float = 2.0
+    batch_size: int | None = None
+    """Inversions in one program; none: 1 on a CPU, 8 elsewhere."""
+    seed: int = 0
+
+
+class Example(NamedTuple):
+    name: str
+    target: np.ndarray  # [h, w, 3]
+    segments: np.ndarray  # [h, w]
+    region: np.ndarray  # [h, w] bool, where an edit should act
+
+
+class Figures(NamedTuple):
+    psnr: float
+    ssim: float
+    lpips: float
+    edit: float
+    seconds: float
+
+
+def examples(args: Arguments, category: Category) -> Iterator[Example]:
+    """What to evaluate on, one at a time."""
+    height, width = category.target_size
+    if args.image_folder is None:
+        scenes = demo.hard_scenes(args.scenes, key=jax.random.key(args.scene_seed))
+        for i in range(args.scenes):
+            labels = np.asarray(scenes.labels[i])
+            # Through 8 bits, as from a file.
+            image = images.to_float(images.to_uint8(scenes.image[i]))
+            yield Example(f"scene{args.scene_seed}_{i:03d}", image, labels, labels == demo.scenes.CAR)
+        return
+    for path in image_files(args.image_folder):
+        target = images.to_float(images.fit(images.read_image(path), height, width))
+        beside = path.with_name(f"{path.stem}_segments.png")
+        if beside.exists():
+            labels = images.read_segments(beside, height, width, images.image_size(path))
+        else:
+            labels = segmentation.segment(target)
+        yield Example(path.stem, target, labels, np.ones((height, width), bool))
+
+
+def image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give --image_folder a folder of images")
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds and not p.stem.endswith("_segments")]
+    if not found:
+        raise UserError(f"{folder} holds no images ({', '.join(kinds)})")
+    return found
+
+
+def evaluate(models: api.Models, example: Example, thresholds: list[float], args: Arguments) -> dict[str, Figures]:
+    """All rows of one image; SAM's layers come from the very inversions in single layers that it is compared with."""
+    ws = api.start(models, example.target)
+    began = time.perf_counter()
+    singles = api.measure(models, example.target, ws, seed=args.seed)
+    each = (time.perf_counter() - began) / len(models.layers)
+    masks = {name: np.asarray(mask) for name, mask in single_layer_masks(models.layers).items()}
+    latents = {name: value[0] for name, value in singles.latents.items()}
+    rows = {
+        layer.name: figures(models, example, latents, masks, singles.images[0], i, each, args)
+        for i, layer in enumerate(models.layers)
+    }
+    assignment = maps.assign_layers(singles.maps[0], example.segments, thresholds)
+    first, position = maps.unique_layer_maps(assignment.layer_maps)
+    began = time.perf_counter()
+    sam = api.invert_layers(models, example.target, assignment.layer_maps[first], ws, seed=args.seed)
+    each = (time.perf_counter() - began) / len(first)
+    for threshold, k in zip(thresholds, position, strict=True):
+        name = "SAM" if len(thresholds) == 1 else f"SAM {threshold:g}"
+        rows[name] = figures(models, example, sam.latents, sam.masks, sam.images, k, each, args)
+    return rows
+
+
+def figures(
+    models: api.Models, example: Example, latents: dict, masks: dict, made: np.ndarray, i: int, seconds: float,
+    args: Arguments,
+) -> Figures:  # fmt: skip
+    """The figures of the i-th of a batch of inversions."""
+    pick = lambda tree: {name: value[i : i + 1] for name, value in tree.items()}  # noqa: E731
+    image = api.comparable(made[i : i + 1], example.target)[0]
+    lpips = float(api.distances(models, made[i : i + 1], example.target)[0])
+    q = quality(image, example.target)
+    effect = float("nan")
+    if (direction := edit_path(args)) is not None:
+        edited = api.edit_latents(models, pick(latents), pick(masks), direction, (args.edit_strength,))
+        effect = edit_effect(api.comparable(edited, example.target)[0], image, example.region)
+    return Figures(q.psnr, q.ssim, lpips, effect, seconds)
+
+
+def read_figures(path: Path) -> dict[str, Figures]:
+    """The rows of a finished image."""
+    try:
+        rows = json.loads(path.read_text())
+        return {name: Figures(*(float("nan") if v is None else v for v in row.values())) for name, row in rows.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: remove it, and the same command makes it again") from error
+
+
+def edit_path(args: Arguments) -> Path | None:
+    return args.edit or (demo.EDITS / "blue_car.npy" if args.gan_weights is None else None)
+
+
+def markdown(rows: dict[str, Figures], caption: str) -> str:
+    """The table; an edit's survival is the ratio of means."""
+    lines = ["| latent | PSNR, dB | SSIM | LPIPS | edit effect | of W+ | seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for name, row in rows.items():
+        share = row.edit / rows["W+"].edit if rows["W+"].edit else float("nan")
+        lines.append(
+            f"| {name} | {row.psnr:.2f} | {row.ssim:.3f} | {row.lpips:.3f} | {row.edit:.3f} | {share:.0%} "
+            f"| {row.seconds:.1f} |".replace("nan%", "–").replace("nan", "–")
+        )
+    return "\n".join([*lines, "", caption, ""])
+
+
+def main(args: Arguments) -> None:
+    generator = api.load_generator(args.gan_weights or "demo")
+    category = (
+        CATEGORIES["demo"] if args.gan_weights is None else Category.for_resolution(generator.config.img_resolution)
+    )
+    thresholds = list(args.thresholds or (category.threshold,))
+    config = InversionConfig(
+        num_opt_steps=args.num_opt_steps or category.num_opt_steps,
+        lpips_type=args.lpips_type or category.lpips_type,
+        batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
+        loss_resolution=max(category.target_size),
+    )
+    if args.image_folder is None and args.gan_weights is not None:
+        raise UserError("a generator of your own needs --image_folder: the hard scenes are the demo's")
+    folder = files.output_folder(args.output_path)
+    models = api.load_models(generator, config, seed=args.seed)
+    weights = np.concatenate([np.ravel(x)[:100] for x in jax.tree.leaves(generator.params)]).tobytes()
+    settings = repr((config, thresholds, args.edit_strength, edit_path(args), hashlib.sha256(weights).hexdigest()))
+    run = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    count = args.scenes if args.image_folder is None else len(image_files(args.image_folder))
+    done: dict[str, dict[str, Figures]] = {}
+    for example in tqdm.tqdm(examples(args, category), total=count, unit="image"):
+        path = folder / f"{example.name}_{run}.json"
+        if path.exists():
+            done[example.name] = read_figures(path)
+            continue
+        done[example.name] = evaluate(models, example, thresholds, args)
+        files.write_json(path, {name: row._asdict() for name, row in done[example.name].items()})
+    names = next(iter(done.values())).keys()
+    means = {name: Figures(*np.mean([rows[name] for rows in done.values()], axis=0).tolist()) for name in names}
+    what = (
+        f"{count} hard scenes of the demo"
+        if args.image_folder is None
+        else f"{count} images of {args.image_folder.name}"
+    )
+    shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
+    device = jax.devices()[0].device_kind
+    caption = f"{what}; {config.num_opt_steps} steps with LPIPS-{config.lpips_type}, threshold {shown}; {device}."
+    text = markdown(means, caption)
+    files.write_text(folder / "table.md", text)
+    files.write_json(
+        folder / "table.json",
+        {"mean": {k: v._asdict() for k, v in means.items()},
+         "images": {n: {k: v._asdict() for k, v in rows.items()} for n, rows in done.items()},
+         "config": config, "thresholds": thresholds, "device": device},
+    )  # fmt: skip
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(Arguments, main)

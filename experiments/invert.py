@@ -1,0 +1,509 @@
+"""Inverts an image with SAM and edits it.
+
+    python experiments/invert.py                                   # the demo: no files, no network needed
+    python experiments/invert.py --image_path photo.png --gan_weights converted/ --edits_folder edits/
+
+Flags carry the names and meaning of the authors' script where it has them. Results go to OUTPUT_PATH/IMAGE_NAME;
+the same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from samjax import api, demo, editing, inversion, losses, maps, segmentation
+from samjax.config import CATEGORIES, Category, InversionConfig
+from samjax.errors import UserError
+from samjax.io import files, images, report
+from samjax.io.checkpoints import LoadedGenerator
+from samjax.latents import latent_layers, parse_latent_names, single_layer_masks
+from samjax.metrics import quality
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    image_path: Path | None = None
+    """The image; none: a sample of the demo."""
+    image_category: Literal["demo", "cars", "faces", "cats", "custom"] | None = None
+    """Sizes, letterboxing and the defaults that say "by category"; none: demo, or custom with gan_weights."""
+    output_path: Path = Path("output")
+    """Results go to a folder in it with the image's name."""
+    gan_weights: Path | None = None
+    """A generator converted by `python -m ckpt_convert`; none: the demo's."""
+    latent_names: str | None = None
+    """Candidate latent layers, separated by commas; none: all that the generator has of W+,F4,F6,F8,F10."""
+
+    segments: Path | None = None
+    """A label image of the same size as the image: one value or flat colour a segment."""
+    segmenter: Literal["felzenszwalb", "slic"] = "felzenszwalb"
+    """Classical segmentation where no label image is given."""
+    fit: Literal["stretch", "letterbox", "crop"] = "stretch"
+    """How an image of another shape is brought to the category's size."""
+
+    invertibility: Literal["measured"] = "measured"
+    """Where the error maps come from: a short inversion in each layer."""
+    invertibility_steps: int | None = None
+    """Steps of those; none: as many as num_opt_steps, at most 501."""
+    threshold: float | None = None
+    """Mean error up to which a segment may use a layer; none: by category."""
+    sweep_thresholds: bool = False
+    """Runs all thresholds of the category; those that give the same layers run once."""
+
+    num_opt_steps: int | None = None
+    """Adam steps; none: by category (1001; the demo 100)."""
+    lr: float = 0.05
+    lr_rampdown_length: float = 0.25
+    lr_rampup_length: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    lpips_type: Literal["vgg", "alex"] | None = None
+    """Network of the perceptual loss; none: by category (vgg; the demo alex)."""
+    lambda_mse: float = 1.0
+    lambda_lpips: float = 1.0
+    lambda_f_rec: float = 5.0
+    lambda_delta: float = 1e-3
+    lambda_mvg: float = 1e-8
+    noise: Literal["random", "const", "none"] = "random"
+    """The generator's noise during optimisation."""
+    start: Literal["mean", "best"] = "mean"
+    """Where W+ starts: the mean style, or the best of 256 samples by LPIPS."""
+    batch_size: int | None = None
+    """Inversions in one program; none: 1 on a CPU, 8 elsewhere."""
+    seed: int = 0
+
+    generate_edits: bool | None = None
+    """Applies the directions of edits_folder; none: where there is a folder."""
+    edits_folder: Path | None = None
+    """Directions as .npy, .npz or .safetensors; none: the demo's for the demo's generator."""
+    edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
+
+    save_final_latent: bool = True
+    """Keeps latents_T*.npz, from which a later run goes on."""
+    save_intermediate: bool = False
+    """Keeps pictures of the optimisation on its way, every save_frequency steps."""
+    save_frequency: int = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The arguments with everything settled that depends on the category, the generator and the image."""
+
+    generator: LoadedGenerator
+    category: Category
+    config: InversionConfig
+    image_path: Path
+    folder: Path
+    target: np.ndarray  # [h, w, 3] in [-1, 1]
+    segments: np.ndarray  # [h, w]
+    names: dict[int, str]  # of segments, where known
+    thresholds: list[float]
+    main_threshold: float
+    measure_steps: int
+    directions: dict[str, np.ndarray]  # [num_ws, w_dim]
+    strengths: tuple[float, ...]
+    generator_name: str
+
+
+class Inverted(NamedTuple):
+    """One inversion of the image: latents and masks (leading axis 1), the image [R, R, 3], total loss of each step."""
+
+    latents: dict[str, Any]
+    masks: dict[str, Any]
+    image: np.ndarray
+    loss: np.ndarray
+
+
+class Singles(NamedTuple):
+    maps: np.ndarray  # [L, h, w]
+    inversions: list[Inverted]  # one a layer
+
+
+# --- what to do ---
+
+
+def settle(args: Arguments) -> Job:
+    """Settles what arguments leave open, and reads every input: bad ones are found before work starts."""
+    if args.image_category not in (None, "demo") and args.gan_weights is None:
+        raise UserError(
+            f"--image_category {args.image_category} needs --gan_weights: the folder that "
+            "`python -m ckpt_convert SOURCE FOLDER` makes of your generator's .pkl or .pt"
+        )
+    name = args.image_category or ("demo" if args.gan_weights is None else "custom")
+    generator = api.load_generator(args.gan_weights or "demo")
+    category = CATEGORIES.get(name) or Category.for_resolution(generator.config.img_resolution)
+    if generator.config.img_resolution != category.resolution:
+        raise UserError(
+            f"the generator makes {generator.config.img_resolution} px images, the category {name} has "
+            f"{category.resolution} px: leave --image_category out, or give another generator"
+        )
+    config = settle_config(args, category, generator)
+
+    image_path, segments_path = args.image_path, args.segments
+    if image_path is None:
+        if name != "demo":
+            raise UserError("--image_path is missing: give the image to invert")
+        image_path = demo.SAMPLES / "scene0.png"
+        segments_path = segments_path or demo.SAMPLES / "scene0_segments.png"
+    height, width = category.target_size
+    picture = images.read_image(image_path, notify=lambda note: print(f"note: {note}"))
+    target = images.to_float(images.fit(picture, height, width, args.fit))
+    names: dict[int, str] = {}
+    if segments_path is not None:
+        size = images.image_size(image_path)
+        segments = images.read_segments(segments_path, height, width, size, args.fit)
+        if segments_path.parent == demo.SAMPLES:
+            names = dict(enumerate((*demo.scenes.LABELS, "in front", "backdrop")))
+    else:
+        segments = segmentation.segment(target, args.segmenter)
+
+    main_threshold = category.threshold if args.threshold is None else args.threshold
+    if not math.isfinite(main_threshold):
+        raise UserError(f"--threshold must be a number, not {main_threshold}")
+    thresholds = sorted({*category.sweep(), main_threshold}) if args.sweep_thresholds else [main_threshold]
+    return Job(
+        generator=generator,
+        category=category,
+        config=config,
+        image_path=image_path,
+        folder=args.output_path / image_path.stem,
+        target=target,
+        segments=segments,
+        names=names,
+        thresholds=thresholds,
+        main_threshold=main_threshold,
+        measure_steps=args.invertibility_steps or min(config.num_opt_steps, 501),
+        directions=load_directions(args, name, generator),
+        strengths=args.edit_strengths,
+        generator_name="demo" if args.gan_weights is None else args.gan_weights.name,
+    )
+
+
+def settle_config(args: Arguments, category: Category, generator: LoadedGenerator) -> InversionConfig:
+    taken = {field.name: getattr(args, field.name) for field in dataclasses.fields(InversionConfig)
+             if getattr(args, field.name, None) is not None}  # fmt: skip
+    if args.latent_names is None:
+        taken["latent_names"] = tuple(layer.name for layer in latent_layers(generator.config))
+    else:
+        taken["latent_names"] = parse_latent_names(args.latent_names, generator.config)
+    taken.setdefault("num_opt_steps", category.num_opt_steps)
+    taken.setdefault("lpips_type", category.lpips_type)
+    taken.setdefault("batch_size", 1 if jax.default_backend() == "cpu" else 8)
+    try:
+        return InversionConfig(**taken, loss_resolution=max(category.target_size))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_directions(args: Arguments, category: str, generator: LoadedGenerator) -> dict[str, np.ndarray]:
+    """The directions to apply, by the names of their files."""
+    folder = args.edits_folder or (demo.EDITS if category == "demo" and args.gan_weights is None else None)
+    if args.generate_edits is False or (folder is None and not args.generate_edits):
+        return {}
+    if folder is None:
+        raise UserError("--generate_edits needs --edits_folder, a folder of .npy, .npz or .safetensors directions")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give --edits_folder a folder of directions")
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz", ".safetensors"))
+    if not found:
+        raise UserError(f"{folder} holds no directions (.npy, .npz or .safetensors)")
+    config = generator.config
+    return {path.stem: editing.load_direction(path, config.num_ws, config.w_dim) for path in found}
+
+
+def check_settings(folder: Path, job: Job) -> None:
+    """Makes sure that what is already in `folder` was made with the same settings, and notes them where it is new."""
+    settings = json.loads(json.dumps({
+        **dataclasses.asdict(job.config),
+        "measure_steps": job.measure_steps,
+        "generator": digest(*job.generator.params["synthesis"]["b4"].values(), job.generator.params["mapping"]),
+        "target": digest(job.target),
+        "segments": digest(job.segments),
+    }))  # fmt: skip
+    settings.pop("batch_size"), settings.pop("chunk_steps")  # how, not what
+    path = folder / "settings.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: remove the folder, or choose another --output_path") from error
+        changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
+        if changed:
+            raise UserError(
+                f"{folder} holds results of other settings ({', '.join(changed)}): choose another --output_path, "
+                "or remove that folder"
+            )
+    else:
+        files.write_json(path, settings)
+
+
+def digest(*trees: Any) -> str:
+    """Tells arrays apart, in 16 letters."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()[:16]
+
+
+# --- the work; each part is kept as soon as it is done ---
+
+
+def measured_layers(
+    folder: Path, args: Arguments, job: Job, models: api.Models, ws: np.ndarray, seconds: dict[str, float]
+) -> Singles:
+    """The single-layer inversions, which give the error maps and stand for comparison."""
+    path = folder / "measured.npz"
+    layers = models.layers
+    masks = {name: np.asarray(mask) for name, mask in single_layer_masks(layers).items()}
+    saved = load_arrays(path)
+    if saved is None:
+        began = time.perf_counter()
+        with inversion.progress_bar("single layers") as bar:
+            result = api.measure(
+                models, job.target, ws, num_opt_steps=job.measure_steps, seed=args.seed, on_progress=bar
+            )
+        seconds["single_layers"] = time.perf_counter() - began
+        saved = {
+            "maps": result.maps[0],
+            "loss": result.terms.total[:, 0],
+            "seconds": np.asarray(seconds["single_layers"]),
+        }
+        saved |= {f"latent_{name}": value[0] for name, value in result.latents.items()}
+        files.write_npz(path, saved)
+    else:
+        print(f"resuming: the single-layer inversions are done ({path.name})", flush=True)
+        seconds["single_layers"] = float(saved["seconds"])
+    latents = {name.removeprefix("latent_"): saved[name] for name in saved if name.startswith("latent_")}
+    made = api.render(models, latents, masks)
+    pick = lambda tree, i: {name: value[i : i + 1] for name, value in tree.items()}  # noqa: E731
+    inversions = [Inverted(pick(latents, i), pick(masks, i), made[i], saved["loss"][:, i]) for i in range(len(layers))]
+    return Singles(saved["maps"], inversions)
+
+
+def sam_inversions(
+    folder: Path,
+    args: Arguments,
+    job: Job,
+    models: api.Models,
+    ws: np.ndarray,
+    layer_maps: np.ndarray,
+    seconds: dict[str, float],
+) -> list[Inverted]:
+    """One inversion for each threshold; equal layer maps are run once, finished ones not again."""
+    first, position = maps.unique_layer_maps(layer_maps)
+    paths = [folder / f"latents_T{threshold:.3f}.npz" for threshold in job.thresholds]
+    found = [load_arrays(path) for path in paths]
+    done: dict[int, dict[str, np.ndarray]] = {p: f for p, f in zip(position, found, strict=True) if f is not None}
+    for threshold, arrays in zip(job.thresholds, found, strict=True):
+        if arrays is not None:
+            print(f"resuming: threshold {threshold:.3f} is done", flush=True)
+    todo = [k for k in range(len(first)) if k not in done]
+    if len(first) < len(job.thresholds):
+        print(f"{len(job.thresholds)} thresholds give {len(first)} different layer maps", flush=True)
+    if todo:
+        began = time.perf_counter()
+        chosen = layer_maps[[first[k] for k in todo]]
+        labels = [f"T{job.thresholds[first[k]]:.3f}" for k in todo]
+        with inversion.progress_bar("SAM") as bar:
+            watch = snapshots(folder, args, models, maps.stack_masks(chosen, models.layers), labels, bar)
+            result = api.invert_layers(models, job.target, chosen, ws, seed=args.seed, on_progress=watch)
+        took = (time.perf_counter() - began) / len(todo)
+        for i, k in enumerate(todo):
+            done[k] = {f"latent_{n}": np.asarray(v[i : i + 1]) for n, v in result.latents.items()}
+            done[k] |= {"loss": result.terms.total[:, i], "seconds": np.asarray(took)}
+    results = []
+    for i, path in enumerate(paths):
+        arrays = done[position[i]]
+        if found[i] is None and args.save_final_latent:
+            files.write_npz(path, {**arrays, "layer_map": layer_maps[i]})
+        latents = {name.removeprefix("latent_"): arrays[name] for name in arrays if name.startswith("latent_")}
+        masks = maps.stack_masks(layer_maps[i : i + 1], models.layers)
+        results.append(Inverted(latents, masks, api.render(models, latents, masks)[0], arrays["loss"]))
+    seconds["sam"] = sum(float(done[k]["seconds"]) for k in done)
+    return results
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a finished part, or None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in saved.files}
+    except Exception as error:  # damaged archives raise almost anything
+        raise UserError(f"{path} is damaged ({error}): remove it, and the same command makes it again") from error
+
+
+def snapshots(
+    folder: Path, args: Arguments, models: api.Models, masks: dict[str, Any], labels: list[str], bar: Any
+) -> Any:
+    """`bar`, and with --save_intermediate a picture every `save_frequency` steps."""
+
+    def watch(progress: inversion.Progress) -> None:
+        bar(progress)
+        steps = len(progress.terms.total)
+        due = progress.step // args.save_frequency > (progress.step - steps) // args.save_frequency
+        if args.save_intermediate and due:
+            size = models.config.batch_size
+            rows = np.minimum(np.arange(progress.group * size, (progress.group + 1) * size), len(labels) - 1)
+            made = api.render(models, progress.state.latents, {name: mask[rows] for name, mask in masks.items()})
+            for row, image in zip(rows, made, strict=True):
+                images.save_png(folder / "intermediate" / f"step_{labels[row]}_{progress.step:04d}.png", image)
+
+    return watch if args.save_intermediate else bar
+
+
+# --- what comes out ---
+
+
+def describe(
+    job: Job,
+    models: api.Models,
+    assignment: maps.Assignment,
+    index: int,
+    error_maps: np.ndarray,
+    methods: dict[str, Inverted],
+) -> report.Result:
+    """Everything about one threshold, for pictures and tables."""
+    names = [layer.name for layer in models.layers]
+    rows = [
+        report.SegmentRow(
+            label=int(value),
+            name=job.names.get(int(value)),
+            share=float(np.mean(job.segments == value)),
+            means=tuple(float(mean) for mean in assignment.means[:, s]),
+            layer=names[assignment.layers[index, s]],
+        )
+        for s, value in enumerate(assignment.values)
+    ]
+    made = {name: api.comparable(item.image[None], job.target)[0] for name, item in methods.items()}
+    lpips = api.distances(models, np.stack([item.image for item in methods.values()]), job.target)
+    metrics = {}
+    for (name, image), distance in zip(made.items(), lpips, strict=True):
+        q = quality(image, job.target, float(distance))
+        metrics[name] = {"MSE": q.mse, "PSNR": q.psnr, "SSIM": q.ssim, "LPIPS": float(distance)}
+    edits: dict[str, dict[float, dict[str, np.ndarray]]] = {}
+    for direction, change in job.directions.items():
+        for name, item in methods.items():
+            sweep = api.edit_latents(models, item.latents, item.masks, change, job.strengths)
+            for strength, image in zip(job.strengths, api.comparable(sweep, job.target), strict=True):
+                edits.setdefault(direction, {}).setdefault(strength, {})[name] = image
+    return report.Result(
+        name=job.image_path.stem,
+        image=job.target,
+        segments=job.segments,
+        segment_rows=rows,
+        layers=names,
+        maps=error_maps,
+        layer_map=assignment.layer_maps[index],
+        threshold=job.thresholds[index],
+        reconstructions=made,
+        edits=edits,
+        metrics=metrics,
+        losses={name: item.loss for name, item in methods.items()},
+        settings={
+            "generator": job.generator_name,
+            "steps": job.config.num_opt_steps,
+            "steps of single layers": job.measure_steps,
+            "LPIPS of the loss": job.config.lpips_type,
+            "device": jax.devices()[0].device_kind,
+        },
+    )
+
+
+def save_threshold(folder: Path, job: Job, result: report.Result, sam: Inverted) -> None:
+    """The pictures of one threshold."""
+    tag = f"T{result.threshold:.3f}"
+    images.save_png(folder / f"layers_{tag}.png", report.layers_picture(result))
+    height, width = job.category.target_size
+    factor = max(sam.image.shape[0] // max(height, width), 1)
+    images.save_png(
+        folder / f"reconstruction_{tag}.png",
+        losses.crop_letterbox(jnp.asarray(sam.image)[None], height * factor, width * factor)[0],
+    )
+    for name, strengths in result.edits.items():
+        images.save_png(folder / "edits" / name / f"{tag}.png", report.edit_strip(result, name))
+        for strength, methods in strengths.items():
+            images.save_png(folder / "edits" / name / f"{tag}_mul{strength:g}.png", methods["SAM"])
+
+
+def save_report(
+    folder: Path,
+    args: Arguments,
+    job: Job,
+    main: report.Result,
+    results: list[report.Result],
+    seconds: dict[str, float],
+) -> None:
+    """What sums everything up; report.html comes last."""
+    images.save_png(folder / "segments.png", report.segments_picture(main))
+    images.save_png(folder / "invertibility.png", report.invertibility_picture(main))
+    images.save_png(folder / "comparison.png", report.comparison_picture(main))
+    summary = {
+        "image": job.image_path.name,
+        "thresholds": {
+            f"{result.threshold:.3f}": {"metrics": result.metrics, "segments": result.segment_rows}
+            for result in results
+        },
+        "layers": list(main.layers),
+        "steps": {"sam": job.config.num_opt_steps, "single_layers": job.measure_steps},
+        "seconds": seconds,
+        "settings": job.config,
+        "seed": args.seed,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("samjax", "jax", "flax", "optax", "numpy")},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    files.write_json(folder / "metrics.json", summary)
+    files.write_text(folder / "report.html", report.render_html(main))
+
+
+def table(result: report.Result) -> None:
+    """The figures of one threshold, for the terminal."""
+    print(f"\n{'':8}{'LPIPS':>8}{'PSNR':>8}{'SSIM':>8}")
+    for name, q in result.metrics.items():
+        print(f"{name:8}{q['LPIPS']:8.3f}{q['PSNR']:8.2f}{q['SSIM']:8.3f}")
+    print(f"layers at threshold {result.threshold:.3f}: "
+          + ", ".join(f"{report.segment_title(row)} {row.layer}" for row in result.segment_rows) + "\n")  # fmt: skip
+
+
+def main(args: Arguments) -> None:
+    began = time.perf_counter()
+    job = settle(args)
+    folder = files.output_folder(job.folder)
+    check_settings(folder, job)
+    print(f"{job.image_path.name} -> {folder}", flush=True)
+    models = api.load_models(job.generator, job.config, seed=args.seed)
+    ws = api.start(models, job.target, kind=args.start, seed=args.seed)
+    images.save_png(folder / "input.png", job.target)
+    seconds: dict[str, float] = {}
+    singles = measured_layers(folder, args, job, models, ws, seconds)
+    assignment = maps.assign_layers(singles.maps, job.segments, job.thresholds)
+    sams = sam_inversions(folder, args, job, models, ws, assignment.layer_maps, seconds)
+    results = []
+    for i, sam in enumerate(sams):
+        methods = {"W+": singles.inversions[0], models.layers[-1].name: singles.inversions[-1], "SAM": sam}
+        results.append(describe(job, models, assignment, i, singles.maps, methods))
+        save_threshold(folder, job, results[-1], sam)
+    shown = results[job.thresholds.index(job.main_threshold)]
+    seconds["total"] = time.perf_counter() - began
+    save_report(folder, args, job, shown, results, seconds)
+    table(shown)
+    print(f"report: {folder / 'report.html'}  ({seconds['total']:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(Arguments, main)

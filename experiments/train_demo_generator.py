@@ -1,0 +1,235 @@
+"""Trains the demo's generator: a small StyleGAN2 that draws the scenes of `samjax.demo.scenes`.
+
+    python experiments/train_demo_generator.py --output_path runs/demo_generator
+
+No adversary: z is the vector of factors, the renderer says what the picture must be, and the network learns it by
+regression, coarse to fine. Most is learned at 32 and 64 px, where a picture costs little. Convolutions and square
+matrices are trained by Muon (Jordan et al. 2024; orthogonalised momentum), the rest by Adam. Takes a few hours on two
+CPU cores; stopped at any time, the same command goes on where it was. Writes `generator.safetensors` and
+`preview.png` (renderer above, generator below).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from samjax.demo import scenes
+from samjax.io import checkpoints, files, images
+from samjax.nets import stylegan2
+
+CONFIG = stylegan2.StyleGAN2Config(
+    img_resolution=256, z_dim=scenes.NUM_FACTORS, w_dim=128, mapping_layers=2, channel_base=2048, channel_max=128
+)
+MAPPING_SPEED = 30.0  # equalised learning rates keep the mapping 100 times slower, for an adversary's sake
+
+
+class Stage(NamedTuple):
+    resolution: int
+    batch: int
+    steps: int
+    lr: float  # Muon's, at the stage's start; falls to a tenth, in the last stage to nothing
+    lr_adam: float
+
+
+STAGES = (
+    Stage(32, 16, 1200, 0.3, 2e-2),
+    Stage(64, 8, 1000, 0.2, 1e-2),
+    Stage(128, 8, 900, 0.1, 5e-3),
+    Stage(256, 4, 1500, 0.06, 3e-3),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    output_path: Path = Path("runs/demo_generator")
+    """Folder of the result and of the state to go on from."""
+    seed: int = 0
+    save_seconds: float = 120.0
+    """Time between two saved states."""
+    eval_scenes: int = 32
+    """Held-out scenes that the printed PSNR is measured on."""
+    stages: tuple[Stage, ...] = STAGES
+    """Resolution, batch, steps, learning rate (Muon's and Adam's) of each stage."""
+
+
+class State(NamedTuple):
+    params: Any
+    optimizer: Any
+    step: Array
+
+
+def pool(x: Array) -> Array:
+    """Averages 2 x 2 pixels; [N, H, W, C] to [N, H / 2, W / 2, C]."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def targets(z: Array, resolution: int) -> Array:
+    """The scenes of `z` [N, K] at `resolution`, drawn at twice the size where that smooths; [N, R, R, 3]."""
+    if resolution == CONFIG.img_resolution:
+        return jax.vmap(lambda z: scenes.render(z, resolution).image)(z)
+    return pool(jax.vmap(lambda z: scenes.render(z, 2 * resolution).image)(z))
+
+
+def generate(params: stylegan2.Params, z: Array, resolution: int) -> Array:
+    """The generator's picture of `z`, from its blocks up to `resolution`; [N, R, R, 3]."""
+
+    def run(module: stylegan2.Generator, z: Array) -> Array:
+        return module.synthesize(module.map_z(z), noise="none", max_resolution=resolution).image
+
+    return stylegan2.Generator(CONFIG, stylegan2.up_conv_folded).apply({"params": params}, z, method=run)  # type: ignore[return-value]
+
+
+def image_loss(x: Array, y: Array) -> Array:
+    """Absolute and squared error, and absolute error of the gradients, over three scales."""
+    total = jnp.zeros(())
+    for _ in range(3):
+        d = x - y
+        total += jnp.abs(d).mean() + jnp.square(d).mean()
+        total += 0.5 * (jnp.abs(jnp.diff(d, axis=1)).mean() + jnp.abs(jnp.diff(d, axis=2)).mean())
+        x, y = pool(x), pool(y)
+    return total
+
+
+def _muon_dimensions(params: Any) -> Any:
+    def of(path: tuple[Any, ...], a: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        if a.ndim == 4 and a.shape[0] == 3:
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+        if a.ndim == 2 and "weight" in name and "fc0" not in name:
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def active(params: Any, resolution: int) -> Any:
+    """The part of `params` that pictures of `resolution` depend on."""
+    blocks = {name: block for name, block in params["synthesis"].items() if int(name[1:]) <= resolution}
+    return {"mapping": params["mapping"], "synthesis": blocks}
+
+
+def make_optimizer(stage: Stage, last: bool) -> optax.GradientTransformation:
+    """Muon and Adam with a warm-up and a half cosine; the mapping's equalised rate is mended."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, 30, stage.steps, peak * (0.005 if last else 0.1))
+
+    def quicken(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return {**updates, "mapping": jax.tree.map(lambda u: MAPPING_SPEED * u, updates["mapping"])}, state
+
+    muon = optax.contrib.muon(
+        schedule(stage.lr),
+        adam_learning_rate=schedule(stage.lr_adam),
+        adam_b2=0.99,
+        muon_weight_dimension_numbers=_muon_dimensions,
+    )
+    return optax.chain(muon, optax.GradientTransformation(lambda params: optax.EmptyState(), quicken))
+
+
+@functools.partial(jax.jit, static_argnames=("stage", "last", "seed"), donate_argnames="state")
+def train_step(state: State, *, stage: Stage, last: bool, seed: int) -> tuple[State, Array]:
+    """One step on fresh scenes; which ones depends on the step's number alone, so that a resumed run sees the same."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage.resolution), state.step)
+    z = jax.random.normal(key, (stage.batch, CONFIG.z_dim))
+    target = targets(z, stage.resolution)
+    params = active(state.params, stage.resolution)
+    loss, grads = jax.value_and_grad(lambda p: image_loss(generate(p, z, stage.resolution), target))(params)
+    updates, optimizer = make_optimizer(stage, last).update(grads, state.optimizer, params)
+    params = optax.apply_updates(params, updates)
+    blocks = {**state.params["synthesis"], **params["synthesis"]}
+    return State({"mapping": params["mapping"], "synthesis": blocks}, optimizer, state.step + 1), loss
+
+
+@functools.partial(jax.jit, static_argnames="resolution")
+def preview(params: stylegan2.Params, z: Array, resolution: int) -> tuple[Array, Array]:
+    """Scenes and the generator's pictures of `z`, both [N, R, R, 3] in [-1, 1]."""
+    return targets(z, resolution), jnp.clip(generate(params, z, resolution), -1, 1)
+
+
+def held_out(params: stylegan2.Params, count: int, resolution: int) -> tuple[float, np.ndarray]:
+    """Mean PSNR in decibels over `count` scenes that training never draws, and a sheet of the first eight."""
+    z = jax.random.normal(jax.random.key(2**31 - 1), (count, CONFIG.z_dim))
+    pairs = [preview(params, z[i : i + 8], resolution) for i in range(0, count, 8)]
+    mse = np.concatenate([np.square(np.asarray(a - b)).mean((1, 2, 3)) for a, b in pairs])
+    sheet = np.concatenate([np.concatenate(list(np.asarray(x)), axis=1) for x in pairs[0]], axis=0)
+    return float(np.mean(10 * np.log10(4 / mse))), sheet
+
+
+def save_state(path: Path, index: int, state: State) -> None:
+    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    files.write_npz(path, {"stage": np.asarray(index), **leaves})
+
+
+def load_state(path: Path, args: Arguments) -> tuple[int, State]:
+    with np.load(path, allow_pickle=False) as saved:
+        index = int(saved["stage"])
+        like = jax.eval_shape(lambda: fresh(index, first_params(0), args))
+        leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(jax.tree.leaves(like)))]
+    return index, jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def first_params(seed: int) -> Any:
+    """Random parameters whose blocks add little to the picture until they are trained."""
+
+    def calm(path: tuple[Any, ...], a: Array) -> Array:
+        return 0.1 * a if "torgb" in jax.tree_util.keystr(path) and a.ndim == 4 else a
+
+    return jax.tree_util.tree_map_with_path(calm, stylegan2.init(CONFIG, key=jax.random.key(seed)))
+
+
+def fresh(index: int, params: Any, args: Arguments) -> State:
+    """A stage's first state."""
+    optimizer = make_optimizer(args.stages[index], index == len(args.stages) - 1)
+    return State(params, optimizer.init(active(params, args.stages[index].resolution)), jnp.zeros((), jnp.int32))
+
+
+def main(args: Arguments) -> None:
+    folder = files.output_folder(args.output_path)
+    saved = folder / "state.npz"
+    if saved.exists():
+        index, state = load_state(saved, args)
+        print(f"going on from stage {index} ({args.stages[index].resolution} px), step {int(state.step)}", flush=True)
+    else:
+        index, state = 0, fresh(0, first_params(args.seed), args)
+    while index < len(args.stages):
+        stage, last = args.stages[index], index == len(args.stages) - 1
+        began = looked = time.perf_counter()
+        first = int(state.step)
+        for step in range(first, stage.steps):
+            state, loss = train_step(state, stage=stage, last=last, seed=args.seed)
+            now = time.perf_counter()
+            if now - looked > args.save_seconds or step == stage.steps - 1:
+                looked = now
+                psnr, sheet = held_out(state.params, args.eval_scenes, stage.resolution)
+                rate = (step + 1 - first) * stage.batch / (now - began)
+                print(f"{stage.resolution:3d} px  step {step + 1}/{stage.steps}  loss {float(loss):.4f}  "
+                      f"held-out PSNR {psnr:.2f} dB  {rate:.1f} images/s", flush=True)  # fmt: skip
+                images.save_png(folder / "preview.png", sheet)
+                save_state(saved, index, state)
+        checkpoints.save_safetensors(folder / "generator.safetensors", CONFIG, with_mean_w(state.params))
+        index += 1
+        if index < len(args.stages):
+            state = fresh(index, state.params, args)
+
+
+def with_mean_w(params: Any) -> Any:
+    """`params` with w_avg measured, for truncation."""
+    z = jax.random.normal(jax.random.key(1), (10_000, CONFIG.z_dim))
+    w = stylegan2.map_z(CONFIG, params, z)[:, 0]
+    return {**params, "mapping": {**params["mapping"], "w_avg": w.mean(0)}}
+
+
+if __name__ == "__main__":
+    cli.run(Arguments, main)

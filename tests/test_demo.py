@@ -1,0 +1,118 @@
+"""The demo's domain, generator, samples and directions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samjax import demo
+from samjax.demo import scenes
+from samjax.io import images
+from samjax.nets import stylegan2
+
+
+def _factors(**values: float) -> jax.Array:
+    """A factor vector that normalisation leaves alone: the rest is alternately 1 and -1, `values` sit on top."""
+    z = np.where(np.arange(scenes.NUM_FACTORS) % 2, 1.0, -1.0)
+    for name, value in values.items():
+        z[scenes.FACTORS.index(name)] = value
+    return jnp.asarray(z / np.sqrt(np.mean(z**2)), jnp.float32)
+
+
+def test_scenes_are_images_with_all_labels():
+    scene = scenes.render(_factors(), 64)
+    assert scene.image.shape == (64, 64, 3)
+    assert float(jnp.abs(scene.image).max()) <= 1
+    assert set(np.unique(scene.labels)) == set(range(len(scenes.LABELS)))
+
+
+def test_a_scene_at_half_size_is_the_same_scene():
+    large, small = scenes.render(_factors(), 256).image, scenes.render(_factors(), 128).image
+    reduced = large.reshape(128, 2, 128, 2, 3).mean((1, 3))
+    assert float(jnp.abs(reduced - small).mean()) < 0.01  # edges alone may differ
+
+
+def test_factors_do_what_they_are_called():
+    def car(scene: scenes.Scene) -> np.ndarray:
+        return np.asarray(scene.labels) == scenes.CAR
+
+    plain, blue = scenes.render(_factors(blue=-1.5), 64), scenes.render(_factors(blue=1.5), 64)
+    assert np.asarray(blue.image - plain.image)[car(plain) & car(blue)][:, 2].mean() > 0.3
+    small, large = scenes.render(_factors(scale=-1.5), 64), scenes.render(_factors(scale=1.5), 64)
+    assert car(large).sum() > 1.1 * car(small).sum()
+    saloon, van = scenes.render(_factors(body=-1.5), 64), scenes.render(_factors(body=1.5), 64)
+    assert car(van).sum() > 1.1 * car(saloon).sum()
+
+
+def test_only_the_direction_of_z_counts():
+    z = _factors()
+    np.testing.assert_allclose(scenes.render(z, 32).image, scenes.render(3 * z, 32).image, atol=1e-4)
+
+
+def test_hard_scenes_add_strangers_and_are_reproducible():
+    few = demo.hard_scenes(3, key=jax.random.key(5), resolution=64)
+    more = demo.hard_scenes(4, key=jax.random.key(5), resolution=64)
+    np.testing.assert_array_equal(few.labels, more.labels[:3])
+    np.testing.assert_allclose(few.image, more.image[:3], atol=1e-5)  # compiled for another batch
+    for labels in np.asarray(more.labels):
+        assert (labels == scenes.OCCLUDER).any()
+        assert (labels == scenes.CAR).mean() > 0.05
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return demo.load_generator()
+
+
+def test_generator_is_small_and_has_every_latent_layer(generator):
+    assert demo.GENERATOR.stat().st_size <= 8e6
+    assert sum(a.size for a in jax.tree.leaves(generator.params)) <= 4e6
+    assert generator.config.img_resolution == 256
+
+
+def test_generator_draws_held_out_scenes(generator):
+    """At least 26 dB on scenes of its own domain: drawn here by z that training's keys cannot give."""
+    z = jax.random.normal(jax.random.key(987), (8, scenes.NUM_FACTORS))
+    ws = stylegan2.map_z(generator.config, generator.params, z)
+    made = jnp.clip(stylegan2.synthesize(generator.config, generator.params, ws, noise="none").image, -1, 1)
+    drawn = jax.vmap(lambda z: scenes.render(z).image)(z)
+    psnr = 10 * jnp.log10(4 / jnp.square(made - drawn).mean((1, 2, 3)))
+    assert float(psnr.mean()) >= 26
+
+
+def test_samples_are_hard_scenes_with_their_segments():
+    samples = sorted(demo.SAMPLES.glob("*_segments.png"))
+    assert len(samples) >= 4
+    for path in samples:
+        image = path.with_name(path.name.replace("_segments", ""))
+        assert images.read_image(image).shape == (256, 256, 3)
+        labels = images.read_segments(path, 256, 256, (256, 256))
+        assert scenes.CAR in labels
+        assert scenes.OCCLUDER in labels
+
+
+def test_blue_direction_makes_the_car_blue_and_leaves_the_sky(generator):
+    direction = np.load(demo.EDITS / "blue_car.npy", allow_pickle=False)
+    z = _factors(blue=-1.0, red=1.0)[None]
+    ws = stylegan2.map_z(generator.config, generator.params, z)
+    run = lambda ws: stylegan2.synthesize(generator.config, generator.params, ws, noise="none").image[0]  # noqa: E731
+    change = np.asarray(run(ws + direction) - run(ws))
+    labels = np.asarray(scenes.render(z[0]).labels)
+    inside = change[labels == scenes.CAR].mean(0)
+    assert inside[2] > 0.2
+    assert inside[0] < -0.1
+    assert np.abs(change[labels == 0]).mean() < 0.05
+
+
+def test_body_direction_makes_the_car_taller(generator):
+    direction = np.load(demo.EDITS / "van.npy", allow_pickle=False)
+    assert direction.shape == (1, generator.config.num_ws, generator.config.w_dim)
+    z = _factors(body=-1.0)[None]
+    ws = stylegan2.map_z(generator.config, generator.params, z)
+    run = lambda ws: stylegan2.synthesize(generator.config, generator.params, ws, noise="none").image[0]  # noqa: E731
+    change = np.asarray(jnp.abs(run(ws + direction) - run(ws))).mean(-1)
+    saloon = np.asarray(scenes.render(z[0]).labels) == scenes.CAR
+    van = np.asarray(scenes.render(_factors(body=1.0)).labels) == scenes.CAR
+    assert change[van & ~saloon].mean() > 5 * change[~van & ~saloon].mean()

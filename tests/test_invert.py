@@ -1,0 +1,159 @@
+"""The main job as a user runs it, on a tiny generator of their own; the full demo is `slow`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from samjax.io import checkpoints, images
+from samjax.nets import stylegan2
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture(scope="module")
+def invert():
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        import invert
+
+        yield invert
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A generator of 64 px (W+, F4, F6), a picture, a label image and a direction."""
+    folder = tmp_path_factory.mktemp("inputs")
+    config = stylegan2.StyleGAN2Config(64, z_dim=8, w_dim=8, mapping_layers=2, channel_base=256, channel_max=8)
+    checkpoints.save_safetensors(folder / "own.safetensors", config, stylegan2.init(config, key=jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (80, 100, 3), np.uint8)).save(folder / "photo.png")
+    labels = np.zeros((80, 100), np.uint8)
+    labels[:, 50:] = 7
+    Image.fromarray(labels).save(folder / "labels.png")
+    (folder / "edits").mkdir()
+    np.save(folder / "edits" / "up.npy", rng.standard_normal((1, 10, 8)).astype(np.float32))
+    return folder
+
+
+def _arguments(invert, inputs, output, **changes):
+    values = {
+        "image_path": inputs / "photo.png",
+        "gan_weights": inputs / "own.safetensors",
+        "segments": inputs / "labels.png",
+        "edits_folder": inputs / "edits",
+        "output_path": output,
+        "num_opt_steps": 3,
+        "lpips_type": "alex",
+        "edit_strengths": (0.0, 1.0),
+    }
+    return invert.Arguments(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(invert, inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    invert.main(_arguments(invert, inputs, output))
+    return output / "photo"
+
+
+def test_everything_promised_is_there(finished):
+    tag = "T0.225"
+    for name in (
+        "input.png", "segments.png", "invertibility.png", f"layers_{tag}.png", f"reconstruction_{tag}.png",
+        f"latents_{tag}.npz", f"edits/up/{tag}.png", f"edits/up/{tag}_mul1.png", "comparison.png", "metrics.json",
+        "report.html",
+    ):  # fmt: skip
+        assert (finished / name).stat().st_size > 0, name
+    assert not list(finished.rglob("*.part"))
+    summary = json.loads((finished / "metrics.json").read_text())
+    assert set(summary["thresholds"]["0.225"]["metrics"]) == {"W+", "F6", "SAM"}
+    assert [row["label"] for row in summary["thresholds"]["0.225"]["segments"]] == [0, 7]
+    assert summary["layers"] == ["W+", "F4", "F6"]
+    assert images.image_size(finished / f"reconstruction_{tag}.png") == (64, 64)
+
+
+def test_latents_on_disk_give_the_reconstruction(finished):
+    with np.load(finished / "latents_T0.225.npz", allow_pickle=False) as saved:
+        assert saved["latent_W+"].shape == (1, 10, 8)
+        assert saved["latent_F6"].shape == (1, 32, 32, 8)
+        assert saved["layer_map"].shape == (64, 64)
+
+
+def test_the_same_command_resumes_and_another_threshold_adds(invert, inputs, finished, capsys):
+    measured = (finished / "measured.npz").stat().st_mtime_ns
+    invert.main(_arguments(invert, inputs, finished.parent))
+    out = capsys.readouterr().out
+    assert "resuming: the single-layer inversions are done" in out
+    assert "resuming: threshold 0.225 is done" in out
+    invert.main(_arguments(invert, inputs, finished.parent, threshold=0.9))
+    assert (finished / "latents_T0.900.npz").exists()
+    assert (finished / "measured.npz").stat().st_mtime_ns == measured
+
+
+def test_a_sweep_runs_equal_layer_maps_once(invert, inputs, finished, capsys):
+    invert.main(_arguments(invert, inputs, finished.parent, sweep_thresholds=True, generate_edits=False))
+    assert "different layer maps" in capsys.readouterr().out
+    assert len(list(finished.glob("reconstruction_T*.png"))) >= 14
+
+
+def test_other_settings_in_the_same_folder_are_refused(invert, inputs, finished):
+    with pytest.raises(invert.UserError, match=r"other settings \(num_opt_steps\)"):
+        invert.main(_arguments(invert, inputs, finished.parent, num_opt_steps=4, invertibility_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_path": Path("missing.png")}, "missing.png"),
+        ({"gan_weights": Path("missing")}, "missing"),
+        ({"latent_names": "W+,F5"}, "unknown latent layer 'F5'"),
+        ({"latent_names": "W+,F10"}, "F10"),
+        ({"image_category": "cars"}, "512 px"),
+        ({"edits_folder": Path("nowhere")}, "nowhere"),
+        ({"num_opt_steps": 0}, "num_opt_steps"),
+        ({"gan_weights": None, "image_category": "faces"}, "--gan_weights"),
+        ({"edits_folder": None, "generate_edits": True}, "--edits_folder"),
+        ({"threshold": float("nan")}, "threshold"),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_written(invert, inputs, tmp_path, changes, message):
+    with pytest.raises(invert.UserError, match=message):
+        invert.main(_arguments(invert, inputs, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_directions_of_another_generator_are_found_before_work_starts(invert, inputs, tmp_path):
+    (tmp_path / "edits").mkdir()
+    np.save(tmp_path / "edits" / "foreign.npy", np.zeros((1, 18, 512), np.float32))
+    with pytest.raises(invert.UserError, match=r"foreign\.npy"):
+        invert.main(_arguments(invert, inputs, tmp_path / "out", edits_folder=tmp_path / "edits"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_gives_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "invert.py", "--image-path", "missing.png", "--output_path", str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=EXPERIMENTS, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: ")
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_point_of_the_method(invert, tmp_path):
+    invert.main(invert.Arguments(output_path=tmp_path))
+    (summary,) = json.loads((tmp_path / "scene0" / "metrics.json").read_text())["thresholds"].values()
+    lpips = {name: row["LPIPS"] for name, row in summary["metrics"].items()}
+    assert lpips["SAM"] <= 0.75 * lpips["W+"]
+    assert lpips["SAM"] <= lpips["F10"] + 0.06
+    assert len({row["layer"] for row in summary["segments"]}) > 1
