@@ -1,0 +1,196 @@
+"""A small kit for pictures with text: a sheet to draw on, a colour scale, and label images made smooth."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from samjax.io.images import oklch_to_srgb
+
+Uint8 = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+INK, MUTED, LINE, PAPER, PANEL = (27, 31, 36), (96, 103, 112), (214, 218, 224), (255, 255, 255), (237, 243, 251)
+
+# Pillow's own font draws these, though it has few letters beyond ASCII.
+_DRAWN = frozenset("·°…“”’")
+_SPELLED = {"–": "-", "—": "-", "−": "-", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "ß": "ss", "ø": "o", "Ø": "O"}
+
+
+class Box(NamedTuple):
+    """Something drawn: "text" or "image", and its edges in pixels; right and bottom are one past the last."""
+
+    kind: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def printable(text: str) -> str:
+    """`text` in the letters of Pillow's own font: accents dropped, some signs spelled, "?" for all others."""
+    shown = []
+    for letter in " ".join(text.split()):
+        known = letter if letter in _DRAWN else _SPELLED.get(letter)
+        for part in known or unicodedata.normalize("NFKD", letter):
+            if part.isascii() or part in _DRAWN:
+                shown.append(part if part.isprintable() else "?")
+            elif not unicodedata.combining(part):
+                shown.append("?")
+    return "".join(shown)
+
+
+def heat(values: ArrayLike, high: float) -> Uint8:
+    """Colours [..., 3] for values from 0 (dark blue) over red to `high` (light yellow); higher is always lighter.
+
+    Lightness rises evenly (in Oklch), so that the scale reads the same in grey and for colour-blind eyes.
+    """
+    ramp = np.linspace(0, 1, 256)
+    chroma = 0.08 + 0.11 * np.sin(np.pi * ramp) ** 0.7
+    table = oklch_to_srgb(np.stack([0.22 + 0.71 * ramp, chroma, np.deg2rad(280 + 180 * ramp)], -1))
+    index = np.nan_to_num(np.asarray(values, np.float64) / high, nan=1.0)
+    return table[np.rint(np.clip(index, 0, 1) * 255).astype(np.int32)]
+
+
+def resize(image: Uint8, height: int, width: int) -> Uint8:
+    """`image` [h, w, 3] at another size: smooth when enlarged, sharp when reduced."""
+    if image.shape[:2] == (height, width):
+        return image
+    enlarged = height * width > image.shape[0] * image.shape[1]
+    filter_ = Image.Resampling.BICUBIC if enlarged else Image.Resampling.LANCZOS
+    return np.array(Image.fromarray(image).resize((width, height), filter_))
+
+
+def smooth_labels(labels: NDArray[np.integer], height: int, width: int) -> NDArray[np.int32]:
+    """A label image [h, w] at another size, its outlines smooth rather than in steps."""
+    scale_y, scale_x = height / labels.shape[0], width / labels.shape[1]
+    margin = 3 + math.ceil(4 * max(1.0, 1 / scale_y, 1 / scale_x))  # what the filters see beyond a pixel
+    best = np.zeros((height, width), np.float32)
+    chosen = np.full((height, width), labels.flat[0], np.int32)
+    for label in np.unique(labels):
+        # Only where the label is: there can be hundreds.
+        inside = labels == label
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        y0, x0 = max(0, int(rows[0]) - 2 * margin), max(0, int(columns[0]) - 2 * margin)
+        mask = Image.fromarray(inside[y0 : rows[-1] + 1 + 2 * margin, x0 : columns[-1] + 1 + 2 * margin])
+        # Steps of one pixel are rounded off, lines of one pixel stay.
+        mask = mask.convert("L").filter(ImageFilter.GaussianBlur(0.7))
+        top, left = (
+            max(0, math.floor((rows[0] - margin) * scale_y)),
+            max(0, math.floor((columns[0] - margin) * scale_x)),
+        )
+        bottom = min(height, math.ceil((rows[-1] + 1 + margin) * scale_y))
+        right = min(width, math.ceil((columns[-1] + 1 + margin) * scale_x))
+        box = (left / scale_x - x0, top / scale_y - y0, right / scale_x - x0, bottom / scale_y - y0)
+        box = (box[0], box[1], min(box[2], mask.width), min(box[3], mask.height))
+        part = mask.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=box)
+        cover, area = np.asarray(part, np.float32), (slice(top, bottom), slice(left, right))
+        better = cover > best[area]
+        best[area][better], chosen[area][better] = cover[better], label
+    return chosen
+
+
+def outlines(labels: NDArray[np.integer], thickness: int) -> NDArray[np.bool_]:
+    """Where labels meet: bands of `thickness` pixels, centred on the edges, [H, W]."""
+    edge = np.zeros(labels.shape, bool)
+    before, after = (thickness + 1) // 2, thickness // 2
+    for axis in (0, 1):
+        along = np.moveaxis(labels, axis, 0)
+        band = np.moveaxis(edge, axis, 0)
+        for line, meets in enumerate(along[1:] != along[:-1], 1):
+            if meets.any():
+                band[max(0, line - before) : line + after] |= meets
+    return edge
+
+
+class Sheet:
+    """A white sheet to draw on, in pixels from the upper left; remembers the boxes of texts and images."""
+
+    def __init__(self, width: int, height: int):
+        self.width, self.height = width, height
+        self.boxes: list[Box] = []
+        self._image = Image.new("RGB", (width, height), PAPER)
+        self._draw = ImageDraw.Draw(self._image)
+        self._fonts: dict[int, ImageFont.FreeTypeFont | ImageFont.ImageFont] = {}
+
+    def _font(self, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+        if size not in self._fonts:
+            self._fonts[size] = ImageFont.load_default(size=size)
+        return self._fonts[size]
+
+    def measure(self, text: str, size: int) -> float:
+        """Width of `text` in pixels."""
+        return self._font(size).getlength(printable(text))
+
+    def shorten(self, text: str, size: int, width: float) -> str:
+        """`text`, or as much of it as goes into `width` pixels, with an ellipsis."""
+        text = printable(text)
+        if self.measure(text, size) <= width:
+            return text
+        while text and self.measure(text + "…", size) > width:
+            text = text[:-1]
+        return text.rstrip() + "…"
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: int,
+        colour: Colour = INK,
+        *,
+        width: float | None = None,
+        align: Literal["left", "centre", "right"] = "left",
+        strong: bool = False,
+    ) -> None:
+        """One line with its upper edge at `y`, cut to `width`; `x` is its left, middle or right."""
+        font = self._font(size)
+        text = printable(text) if width is None else self.shorten(text, size, width)
+        anchor = {"left": "la", "centre": "ma", "right": "ra"}[align]
+        # The font has one weight; a second print beside the first makes a heavier one.
+        for shift in (0.0, 0.04 * size) if strong else (0.0,):
+            self._draw.text((x + shift, y), text, fill=colour, font=font, anchor=anchor)
+        if text:
+            self.boxes.append(Box("text", *self._draw.textbbox((x, y), text, font=font, anchor=anchor)))
+
+    def paragraph(self, x: float, y: float, text: str, size: int, width: float, colour: Colour = MUTED) -> float:
+        """Lines no wider than `width`; returns where the next one would begin."""
+        line = ""
+        for word in printable(text).split():
+            if line and self.measure(f"{line} {word}", size) > width:
+                self.text(x, y, line, size, colour, width=width)
+                y, line = y + size * 1.3, word
+            else:
+                line = f"{line} {word}".strip()
+        self.text(x, y, line, size, colour, width=width)
+        return y + size * 1.3
+
+    def image(self, x: int, y: int, image: Uint8) -> None:
+        """Pastes `image` [h, w, 3]."""
+        height, width = image.shape[:2]
+        self._image.paste(Image.fromarray(image), (x, y))
+        self.boxes.append(Box("image", x, y, x + width, y + height))
+
+    def panel(self, left: float, top: float, right: float, bottom: float, colour: Colour, radius: float = 0) -> None:
+        """A filled rectangle, its corners rounded by `radius`."""
+        if radius == 0:
+            self._draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
+            return
+        # Pillow's round corners have steps: draw them four times as large.
+        scale, width, height = 4, round(right - left), round(bottom - top)
+        mask = Image.new("L", (width * scale, height * scale))
+        ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), radius * scale, fill=255)
+        self._image.paste(colour, (round(left), round(top)), mask.reduce(scale))
+
+    def line(self, x0: float, y0: float, x1: float, y1: float, colour: Colour = LINE, width: int = 1) -> None:
+        """A straight line."""
+        self._draw.line((x0, y0, x1, y1), fill=colour, width=width)
+
+    def array(self) -> Uint8:
+        """The picture, uint8 [H, W, 3]."""
+        return np.array(self._image)
