@@ -1,0 +1,107 @@
+"""Settings of an inversion, and presets of image categories: what the authors' program has as flags and constants."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+LATENT_NAMES = ("W+", "F4", "F6", "F8", "F10")
+"""All latent layers, the most editable first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InversionConfig:
+    """How latents are optimised; the defaults are the authors' (SAM, CVPR 2022, and their public code).
+
+    The first group only changes numbers in a compiled program; the second changes the program itself.
+
+    Attributes:
+      num_opt_steps: Adam steps.
+      lr: highest learning rate; see `samjax.losses.learning_rate` for its course.
+      lr_rampdown_length, lr_rampup_length: shares of the run in which it falls and rises.
+      beta1, beta2: Adam's decay rates.
+      lambda_mse, lambda_lpips: weights of the image terms.
+      lambda_f_rec: weight of the offsets' squared distance from where they started.
+      lambda_delta: weight of the distance between the styles of W+.
+      lambda_mvg: weight of the prior on W+.
+
+      latent_names: latent layers that are optimised, the most editable first.
+      lpips_type: network of the perceptual term, "vgg" or "alex".
+      noise: the generator's noise during optimisation: drawn anew at every step ("random"), stored, or none.
+      loss_resolution: larger images are reduced to this size before they are compared.
+      batch_size: items (targets with their masks) in one program.
+      chunk_steps: steps between two looks of the host.
+      precision: of matrix products and convolutions; "highest" is full float32 on every device.
+    """
+
+    num_opt_steps: int = 1001
+    lr: float = 0.05
+    lr_rampdown_length: float = 0.25
+    lr_rampup_length: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    lambda_mse: float = 1.0
+    lambda_lpips: float = 1.0
+    lambda_f_rec: float = 5.0
+    lambda_delta: float = 1e-3
+    lambda_mvg: float = 1e-8
+
+    latent_names: tuple[str, ...] = LATENT_NAMES
+    lpips_type: Literal["vgg", "alex"] = "vgg"
+    noise: Literal["random", "const", "none"] = "random"
+    loss_resolution: int = 256
+    batch_size: int = 1
+    chunk_steps: int = 25
+    precision: Literal["highest", "high", "default"] = "highest"
+
+    def __post_init__(self) -> None:
+        for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Category:
+    """What belongs to one kind of pictures.
+
+    Attributes:
+      name: how a user asks for it.
+      resolution: the generator's image size.
+      target_size: (height, width) of target image, segments and maps. Where the height is smaller the generator's
+        images are letterboxed: rows of zeros in the masks, and rows cut from the images, above and below.
+      threshold: mean map value up to which a segment may use a layer.
+      threshold_range: lowest and highest threshold of a sweep.
+      num_opt_steps, lpips_type: defaults of `InversionConfig` for it.
+    """
+
+    name: str
+    resolution: int
+    target_size: tuple[int, int] = (256, 256)
+    threshold: float = 0.225
+    threshold_range: tuple[float, float] = (0.1, 0.4)
+    num_opt_steps: int = 1001
+    lpips_type: Literal["vgg", "alex"] = "vgg"
+
+    @classmethod
+    def for_resolution(cls, resolution: int) -> Category:
+        """For a generator of the user's own: square images, compared at 256 px or the generator's size if smaller."""
+        size = min(resolution, 256)
+        return cls("custom", resolution, target_size=(size, size))
+
+    def sweep(self, step: float = 0.025) -> tuple[float, ...]:
+        """The thresholds of a sweep: the range in steps, then 1, at which nearly every segment uses W+."""
+        low, high = self.threshold_range
+        count = round((high - low) / step) + 1
+        return (*(round(low + i * step, 6) for i in range(count)), 1.0)
+
+
+CATEGORIES = {
+    category.name: category
+    for category in (
+        Category("cars", 512, target_size=(192, 256)),
+        Category("faces", 1024),
+        Category("cats", 256, threshold_range=(0.2, 0.45)),
+        # AlexNet's LPIPS and few steps: a laptop's CPU makes the demo in a minute or two.
+        Category("demo", 256, threshold=0.3, threshold_range=(0.2, 0.6), num_opt_steps=100, lpips_type="alex"),
+    )
+}
