@@ -76,7 +76,7 @@ class Inversion(NamedTuple):
 
 
 class LayerInversions(NamedTuple):
-    """What `invert_layers` gives for T layer maps: latents and masks [T, ...], images [T, R, R, 3], terms [steps, T]."""
+    """Of T layer maps: latents and masks [T, ...], images [T, R, R, 3], loss terms [steps, T]."""
 
     latents: dict[str, Any]
     masks: dict[str, Any]
@@ -253,7 +253,7 @@ def edit(
       models: of `load_models`.
       inverted: of `invert`.
       direction: [num_ws, w_dim] (leading axes of 1 are fine), or the file of one (see `editing.load_direction`).
-      strengths: multiples of it; 0 gives the reconstruction.
+      strengths: multiples of it; 0 gives the reconstruction, but for the soft edges of masks, as in the reference.
 
     Raises:
       UserError: a file that is no direction of this generator.

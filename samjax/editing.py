@@ -97,7 +97,7 @@ def edit(
       latents: of one image, {"W+": [1, num_ws, w_dim], "F4": [1, 16, 16, C], ...}.
       masks: {"F4": [1, 16, 16, 1], ...}.
       directions: [D, num_ws, w_dim].
-      strengths: [S] multiples of a direction; 0 gives the reconstruction.
+      strengths: [S] multiples of a direction; 0 gives the reconstruction, but for the soft edges of masks.
       noise: "const", the stored noise, or "none".
       precision: of matrix products and convolutions; "highest" is full float32.
       batch_size: edited images in one pass.
