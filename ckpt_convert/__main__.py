@@ -43,8 +43,10 @@ def _export(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     from ckpt_convert import convert
 
-    held = convert.export(args.generator, args.file, args.names)
-    print(f"{args.file}: {len(held)} arrays with the names of {args.names}")
+    notes = convert.export(args.generator, args.file, args.names)
+    print(f"{args.file}: written with the names of {args.names}")
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _convert(arguments: Sequence[str]) -> None:
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _convert(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever names a file holds
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

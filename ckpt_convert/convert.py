@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_convert import stylegan2 as tables
-from ckpt_convert.formats import arrays, nvidia, rosinality, tensorflow, torch_file
+from ckpt_convert.formats import arrays, nvidia, rosinality, safetensors, tensorflow, torch_file
 from ckpt_convert.formats.arrays import Checkpoint, Loaded, Stored, View
 from samjax.errors import UserError
 from samjax.io import checkpoints, pickles
@@ -22,7 +22,6 @@ from samjax.nets.stylegan2 import StyleGAN2Config
 
 Names = Literal["nvidia", "rosinality"]
 
-_EXPORT = "samjax export 1"
 _NVIDIA_LICENCE = (
     "networks that NVIDIA published are under its source code licence, for non-commercial use; a network of your own"
     " training is under the terms you set"
@@ -50,7 +49,7 @@ _OTHERS = {  # how other files begin, and what they are
 
 
 class Converted(NamedTuple):
-    """What `read` found: flat parameters by our names, some of them views of the file."""
+    """What `read` found: the config, parameters by our flat names, and what to say of them."""
 
     config: StyleGAN2Config
     params: dict[str, np.ndarray]
@@ -60,7 +59,7 @@ class Converted(NamedTuple):
 # --- reading ---
 
 
-def detect(data: memoryview, path: Path) -> Checkpoint:
+def detect(data: memoryview) -> Checkpoint:
     """The generator in a file, whose format its first bytes tell.
 
     Raises:
@@ -68,9 +67,8 @@ def detect(data: memoryview, path: Path) -> Checkpoint:
     """
     if data[:2] == b"PK" or data[: len(torch_file.LEGACY_START)] == torch_file.LEGACY_START:
         return rosinality.checkpoint(torch_file.read(data))
-    # A safetensors file begins with the length of its JSON.
-    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data):
-        return _safetensors(path)
+    if safetensors.looks_like(data):
+        return _safetensors(data)
     for start, what in _OTHERS.items():
         if data[: len(start)] == start:
             raise UserError(f"it is {what}, not a checkpoint")
@@ -89,27 +87,19 @@ def detect(data: memoryview, path: Path) -> Checkpoint:
     )
 
 
-def _safetensors(path: Path) -> Checkpoint:
-    held, metadata = checkpoints.read_safetensors(path)
-    where = str(path)
-    if metadata.get("format") == _EXPORT:
-        naming, what = metadata.get("names", ""), f"safetensors with the names of {metadata.get('names', '')[:20]}"
-    else:
-        # Not ours, or ours of the package: the names tell whose they are.
-        naming = next((key for key, table in tables.NAMINGS.items() if _has_names(table, held)), "")
-        what = f"safetensors with the names of {naming}"
+def _safetensors(data: memoryview) -> Checkpoint:
+    held, metadata = safetensors.read(data)
+    # Files that are not ours of any kind may still have names that are known.
+    known = (key for key, table in tables.NAMINGS.items() if table.find("synthesis/b4/const")[0] in held)
+    naming = metadata.get("names") or next(known, "")
     if naming not in tables.NAMINGS:
         first = ", ".join(list(held)[:4])[:200]
         raise UserError(f"no StyleGAN2 generator in the file (it has {first or 'nothing'} …)")
-    settings = checkpoints.parse_metadata(metadata.get("config"), where) or {}
+    settings = checkpoints.parse_metadata(metadata.get("config"), "the file") or {}
     if settings:
-        settings = checkpoints.config_to_dict(checkpoints.config_from_dict(settings, where))
-    stored: dict[str, Stored] = {name: Loaded(values) for name, values in held.items()}
-    return Checkpoint(what, naming, stored, settings)
-
-
-def _has_names(naming: tables.Naming, held: Mapping[str, Any]) -> bool:
-    return naming.find("synthesis/b4/const")[0] in held
+        settings = checkpoints.config_to_dict(checkpoints.config_from_dict(settings, "the file"))
+    stored: dict[str, Stored] = {**held}
+    return Checkpoint(f"safetensors with the names of {naming}", naming, stored, settings)
 
 
 def read(source: str | Path) -> Converted:
@@ -125,7 +115,7 @@ def read(source: str | Path) -> Converted:
     path = Path(source)
     data = arrays.map_file(path)
     try:
-        found = detect(data, path)
+        found = detect(data)
         naming, held, notes = tables.NAMINGS[found.naming], dict(found.arrays), list(found.notes)
         estimate = found.naming == "rosinality" and "latent_avg" not in held
         if estimate and "style.1.bias" in held:
@@ -134,8 +124,15 @@ def read(source: str | Path) -> Converted:
             notes.append("the file has no latent_avg: w_avg is the mean of 16,384 mapped samples")
         config = tables.infer_config(naming, held, found.settings)
         params = tables.to_ours(naming, held, config)
+        for name, values in params.items():
+            # One array at a time out of the file, whose pages are given back: at no time are there two whole copies.
+            params[name] = np.array(values, order="C")
+            arrays.release(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Values of kinds and sizes that no program writes, and for which nothing above has words of its own.
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): fetch or copy it again") from error
     if estimate:
         params["mapping/w_avg"] = _mean_style(config, params)
     manifest = {
@@ -149,9 +146,14 @@ def read(source: str | Path) -> Converted:
 
 def _mean_style(config: StyleGAN2Config, params: Mapping[str, np.ndarray]) -> np.ndarray:
     mapping = {name: jnp.asarray(a, jnp.float32) for name, a in params.items() if name.startswith("mapping/")}
-    z = jax.random.normal(jax.random.key(0), (16384, config.z_dim))
+
+    @jax.jit
+    def mean(mapping: stylegan2.Params) -> jax.Array:
+        z = jax.random.normal(jax.random.key(0), (16384, config.z_dim))
+        return stylegan2.map_z(config, mapping, z)[:, 0].mean(0)
+
     with jax.default_matmul_precision("highest"):
-        return np.asarray(stylegan2.map_z(config, checkpoints.unflatten(mapping), z)[:, 0].mean(0))
+        return np.asarray(mean(checkpoints.unflatten(mapping)))
 
 
 def _sha256(path: Path) -> str:
@@ -171,21 +173,17 @@ def convert(source: str | Path, out_dir: str | Path) -> Converted:
     Raises:
       UserError: as `read`, and as `samjax.io.checkpoints.save_generator`.
     """
-    path = Path(source)
-    checkpoints.check_writable(out_dir, {"source": {"file": path.name}}) if _new(out_dir) else None
-    found = read(path)
+    if not (Path(out_dir) / checkpoints.MANIFEST).is_file():
+        checkpoints.check_writable(out_dir, {})  # before the work; whose an older generator is shows only after it
+    found = read(source)
     checkpoints.save_generator(out_dir, found.config, checkpoints.unflatten(found.params), found.manifest)
     return found
-
-
-def _new(out_dir: str | Path) -> bool:
-    return not (Path(out_dir) / checkpoints.MANIFEST).is_file()
 
 
 # --- writing ---
 
 
-def export(folder: str | Path, path: str | Path, names: Names) -> dict[str, tuple[int, ...]]:
+def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
     """Writes a converted generator as a safetensors file with the names and layouts of another program.
 
     `read` reads such a file back to the same bits; the config is in the file's metadata.
@@ -196,19 +194,28 @@ def export(folder: str | Path, path: str | Path, names: Names) -> dict[str, tupl
       names: whose names.
 
     Returns:
-      Name and shape of every array.
+      What a user of the file should know.
 
     Raises:
       UserError: there is no whole generator at `folder`, their network cannot hold it, or `path` cannot be written.
     """
-    loaded = checkpoints.load_generator(folder)
-    held = tables.to_theirs(tables.NAMINGS[names], checkpoints.flatten(loaded.params), loaded.config)
+    config, params, manifest = checkpoints.load_generator(folder)
+    held = tables.to_theirs(tables.NAMINGS[names], checkpoints.flatten(params), config)
     metadata = {
-        "format": _EXPORT,
         "names": names,
-        "config": json.dumps(checkpoints.config_to_dict(loaded.config)),
-        "source": json.dumps(loaded.manifest.get("source")),
-        "licence": str(loaded.manifest.get("licence", "")),
+        "config": json.dumps(checkpoints.config_to_dict(config)),
+        "source": json.dumps(manifest.get("source")),
+        "licence": str(manifest.get("licence", "")),
     }
     checkpoints.write_safetensors(path, held, metadata)
-    return {name: array.shape for name, array in held.items()}
+    notes = []
+    if names == "rosinality":
+        if config.conv_clamp is not None:
+            notes.append(
+                f"rosinality's network has no conv_clamp; where values pass {config.conv_clamp:g}, images differ"
+            )
+        if config.z_dim != config.w_dim or any(config.channels(r) != 512 for r in config.block_resolutions if r <= 32):
+            notes.append(
+                "this generator's widths are not rosinality's: give its Generator the same channels and style_dim"
+            )
+    return notes

@@ -64,6 +64,12 @@ def map_file(path: Path) -> memoryview:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def release(data: memoryview) -> None:
+    """Lets the system take back the memory of what was looked at of a mapped file; a second look reads it again."""
+    if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        data.obj.madvise(mmap.MADV_DONTNEED)
+
+
 class Stored(Protocol):
     """An array in a file."""
 
@@ -109,7 +115,7 @@ class Checkpoint(NamedTuple):
 
 
 def sizes(values: Any, what: str) -> tuple[int, ...]:
-    """`values` as a tuple of sizes that are whole, not negative, and of an array that can exist.
+    """`values` as a tuple of whole numbers that are not negative, nor of more than any file has.
 
     Raises:
       UserError: they are not.
@@ -118,7 +124,6 @@ def sizes(values: Any, what: str) -> tuple[int, ...]:
         isinstance(values, tuple | list)
         and len(values) <= _MAX_AXES
         and all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 for value in values)
-        and math.prod(values) < 2**40
     ):
         raise UserError(f"the file gives {str(values)[:80]} as {what}: damaged?")
     return tuple(values)
@@ -271,6 +276,11 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """`bytes`: how Python 3 writes empty ones into the pickles of Python 2."""
+    return b""
+
+
 def python_names() -> dict[tuple[str, str], Any]:
     """Stand-ins for what the pickles of all formats name, from Python's library and NumPy."""
     names: dict[tuple[str, str], Any] = {
@@ -286,6 +296,7 @@ def python_names() -> dict[tuple[str, str], Any]:
     for builtins in ("builtins", "__builtin__"):
         names |= {
             (builtins, "set"): _set,
+            (builtins, "bytes"): _no_bytes,
             (builtins, "dict"): _mapping,
             (builtins, "list"): list,
             (builtins, "object"): Opaque,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckpt_convert.formats import torch_file
 from ckpt_convert.formats.arrays import Checkpoint, Stored
 from samjax.errors import UserError
 
-_MAX_DEPTH = 16
+_MAX_MODULES = 10_000  # one inside another; a generator has some hundred
 
 
 class Module:
@@ -49,21 +49,20 @@ def names() -> dict[tuple[str, str], Any]:
     }
 
 
-class _Path(NamedTuple):
-    name: str
-    module: Module
-
-
-def _walk(module: Module, name: str = "", depth: int = 0) -> Iterator[_Path]:
-    """`module` and all inside, with their dotted names."""
-    if depth > _MAX_DEPTH:
-        raise UserError("the networks in the pickle are nested without end: damaged?")
-    yield _Path(name, module)
-    for key, part in module.part("_modules").items():
-        if isinstance(part, Module):
-            yield from _walk(part, f"{name}{key}.", depth + 1)
-        elif part is not None:
-            raise UserError(f"{name}{key} in the pickle is not a network of NVIDIA's repositories")
+def _walk(module: Module) -> Iterator[tuple[str, Module]]:
+    """`module` and all inside, with their dotted names, which end with a dot."""
+    waiting = [("", module)]
+    for _ in range(_MAX_MODULES):
+        if not waiting:
+            return
+        name, module = waiting.pop()
+        yield name, module
+        for key, part in module.part("_modules").items():
+            if isinstance(part, Module):
+                waiting.append((f"{name}{key}."[:200], part))
+            elif part is not None:
+                raise UserError(f"{name}{key} in the pickle is not a network of NVIDIA's repositories")
+    raise UserError("the networks in the pickle are nested without end: damaged?")
 
 
 def checkpoint(found: Any) -> Checkpoint:
@@ -97,8 +96,6 @@ def checkpoint(found: Any) -> Checkpoint:
                 if not isinstance(value, torch_file.Tensor):
                     raise UserError(f"{name}{key} in the pickle is not a tensor: damaged?")
                 arrays[f"{name}{key}"] = value
-        if len(arrays) > 100_000:
-            raise UserError("the networks in the pickle are nested without end: damaged?")
     return Checkpoint(what, "nvidia", arrays, _settings(found, synthesis, mapping))
 
 

@@ -7,7 +7,6 @@ of the generator over its training, and the one to use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ckpt_convert.formats.arrays import Checkpoint, Loaded, PickledArray, Stored
 from ckpt_convert.formats.nvidia import require
 from samjax.errors import UserError
 
-_MAX_DEPTH = 4
+_MAX_NETWORKS = 100  # one inside another; a generator has two
 _FIELDS = {  # their arguments, ours
     "latent_size": "z_dim",
     "label_size": "c_dim",
@@ -52,19 +51,26 @@ def names() -> dict[tuple[str, str], Any]:
     return {**arrays.python_names(), ("dnnlib.tflib.network", "Network"): Network}
 
 
-def _variables(network: Network, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Names and values of a network's variables and those of its components."""
-    variables, components = network.state.get("variables", []), network.state.get("components", {})
-    if depth > _MAX_DEPTH or not isinstance(variables, list) or not isinstance(components, dict):
-        raise UserError("the network in the pickle has no readable variables: damaged?")
-    for variable in variables:
-        if not isinstance(variable, tuple | list) or len(variable) != 2:
-            raise UserError("the network in the pickle has no readable variables: damaged?")
-        yield f"{prefix}{variable[0]}", variable[1]
-    for name, component in components.items():
-        if not isinstance(component, Network):
-            raise UserError(f"the component {str(name)[:60]!r} of the network is not a network: damaged?")
-        yield from _variables(component, f"{prefix}{name}/", depth + 1)
+def _variables(network: Network) -> dict[str, Any]:
+    """A network's variables and those of its components, by name."""
+    found: dict[str, Any] = {}
+    waiting = [("", network)]
+    for _ in range(_MAX_NETWORKS):
+        if not waiting:
+            return found
+        prefix, network = waiting.pop()
+        variables, components = network.state.get("variables", []), network.state.get("components", {})
+        if not isinstance(variables, list) or not isinstance(components, dict):
+            break
+        for variable in variables:
+            if not isinstance(variable, tuple | list) or len(variable) != 2:
+                raise UserError("the network in the pickle has no readable variables: damaged?")
+            found[f"{prefix}{variable[0]}"] = variable[1]
+        for name, component in components.items():
+            if not isinstance(component, Network):
+                raise UserError(f"the component {str(name)[:60]!r} of the network is not a network: damaged?")
+            waiting.append((f"{prefix}{name}/"[:200], component))
+    raise UserError("the network in the pickle has no readable variables: damaged?")
 
 
 def checkpoint(found: Any) -> Checkpoint:
@@ -80,7 +86,7 @@ def checkpoint(found: Any) -> Checkpoint:
     if not isinstance(found, Network):
         raise UserError("the pickle holds no TensorFlow network of NVIDIA's repositories")
     version = found.state.get("version")
-    variables = dict(_variables(found))
+    variables = _variables(found)
     if not isinstance(version, int) or version < 4 or any("StyleMod" in name for name in variables):
         raise UserError(
             "the pickle holds a StyleGAN1 or older network; samjax inverts with StyleGAN2 (configurations e and f) only"
@@ -110,6 +116,7 @@ def _settings(kwargs: dict[Any, Any]) -> dict[str, Any]:
     require("", "mapping_lrmul", kwargs.get("mapping_lrmul", 0.01), 0.01)
     require("", "use_noise", kwargs.get("use_noise", True), True)
     require("", "normalize_latents", kwargs.get("normalize_latents", True), True)
-    require("", "resample_kernel", list(kwargs.get("resample_kernel") or [1, 3, 3, 1]), [1, 3, 3, 1])
+    kernel = kwargs.get("resample_kernel") or [1, 3, 3, 1]
+    require("", "resample_kernel", list(kernel) if isinstance(kernel, tuple) else kernel, [1, 3, 3, 1])
     settings.setdefault("conv_clamp", None)
     return settings

@@ -1,8 +1,8 @@
 """Generators on disk: the only module that knows Orbax and safetensors.
 
 A converted generator is a folder of an Orbax checkpoint (`params/`) and `manifest.json`, which says in plain words
-what it is: where it came from, its config, and every array with shape, type and checksum. The generator inside the
-package is one safetensors file with the same names and its config in the file's metadata.
+what it is: where it came from, its config, every array with its shape and type, every file with its checksum. The
+generator inside the package is one safetensors file with the same names and its config in the file's metadata.
 
 Half precision on disk stays so; in memory every parameter is float32.
 """
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -38,6 +37,7 @@ MANIFEST = "manifest.json"
 _PARAMS = "params"
 _FORMAT = "samjax generator 1"
 _DTYPES = ("float32", "float16", "bfloat16")
+_MAX_LISTED = 1000  # names in one message; no generator has as many
 _MAX_SIZE = 2**24  # of any entry of a config
 
 
@@ -95,11 +95,14 @@ def parameter_shapes(config: StyleGAN2Config) -> dict[str, tuple[int, ...]]:
 def compact(names: Iterable[str]) -> str:
     """Names in one line, those that differ only in their last part together: `a/b/{weight, bias}`."""
     groups: dict[str, list[str]] = {}
-    for name in names:
+    listed = list(names)
+    more = f", and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
+    for name in listed[:_MAX_LISTED]:
         cut = max(name.rfind("/"), name.rfind(".")) + 1
         groups.setdefault(name[:cut], []).append(name[cut:])
-    return ", ".join(
-        head + (ends[0] if len(ends) == 1 else "{" + ", ".join(ends) + "}") for head, ends in groups.items()
+    return (
+        ", ".join(head + (ends[0] if len(ends) == 1 else "{" + ", ".join(ends) + "}") for head, ends in groups.items())
+        + more
     )
 
 
@@ -157,8 +160,16 @@ def _contiguous(array: Any) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(memoryview(_contiguous(array).reshape(-1).view(np.uint8)))
+def _checksums(folder: Path) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of every file below `folder`, by its path from there."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        crc = 0
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                crc = zlib.crc32(chunk, crc)
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "crc32": crc}
+    return found
 
 
 def _check_shapes(config: StyleGAN2Config, flat: Mapping[str, Any], where: str) -> None:
@@ -219,13 +230,11 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         yield beside
         if path.exists():
             path.rename(old)
-        try:
-            beside.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        beside.rename(path)
     finally:
+        # Whenever it ended, what was there before is there again, or its successor is.
+        if old.exists() and not path.exists():
+            old.rename(path)
         for folder in (beside, old):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -253,10 +262,7 @@ def save_generator(path: str | Path, config: StyleGAN2Config, params: Params, ma
         raise ValueError(f"the parameters are not those of the config: {wrong}")
     check_writable(folder, manifest)
     flat = {name: np.asarray(array) for name, array in flat.items()}
-    described = {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": _checksum(array)}
-        for name, array in flat.items()
-    }
+    described = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in flat.items()}
     if odd := [name for name, array in described.items() if array["dtype"] not in _DTYPES]:
         raise ValueError(f"parameters must be float32, float16 or bfloat16; these are not: {compact(odd)}")
     whole = {"format": _FORMAT, **manifest, "config": config_to_dict(config), "arrays": described}
@@ -265,6 +271,7 @@ def save_generator(path: str | Path, config: StyleGAN2Config, params: Params, ma
             # Weights hardly compress, and compressing them doubles the memory that writing takes.
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
                 checkpointer.save((beside / _PARAMS).absolute(), args=ocp.args.PyTreeSave(unflatten(flat)))
+            whole["files"] = _checksums(beside / _PARAMS)
             files.write_text(beside / MANIFEST, _readable(whole))
     except UserError:
         raise
@@ -274,23 +281,21 @@ def save_generator(path: str | Path, config: StyleGAN2Config, params: Params, ma
 
 
 def _readable(manifest: Mapping[str, Any]) -> str:
-    """A manifest as JSON with one line for each array."""
-    text = json.dumps({**manifest, "arrays": {}}, indent=2, ensure_ascii=False)
-    rows = (f"\n    {json.dumps(name)}: {json.dumps(array)}" for name, array in manifest["arrays"].items())
-    return text.replace('"arrays": {}', f'"arrays": {{{",".join(rows)}\n  }}') + "\n"
+    """A manifest as JSON with one line for each array and file."""
+    text = json.dumps({**manifest, "arrays": {}, "files": {}}, indent=2, ensure_ascii=False)
+    for key in ("arrays", "files"):
+        rows = (f"\n    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest[key].items())
+        text = text.replace(f'\n  "{key}": {{}}', f'\n  "{key}": {{{",".join(rows)}\n  }}')
+    return text + "\n"
 
 
 def _restore(folder: Path, dtypes: Mapping[str, str]) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
-    args = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(dtype)) for name, dtype in dtypes.items()}
+    args = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=jnp.dtype(dtype)) for name, dtype in dtypes.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restore = ocp.args.PyTreeRestore(restore_args=unflatten(args))
         return flatten(checkpointer.restore((folder / _PARAMS).absolute(), args=restore))
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def _load_folder(folder: Path) -> LoadedGenerator:
@@ -317,19 +322,22 @@ def _load_folder(folder: Path) -> LoadedGenerator:
         raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again")
     if wrong := differences({name: tuple(array["shape"]) for name, array in arrays.items()}, parameter_shapes(config)):
         raise UserError(f"{folder} does not hold the generator that its config describes: {wrong}")
+    # Before the libraries below see the files: what they make of damaged ones is neither quiet nor quick.
+    listed = manifest.get("files")
+    try:
+        found = _checksums(folder / _PARAMS)
+    except OSError as error:
+        raise UserError(f"cannot read {folder / _PARAMS}: {error.strerror or error}") from error
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again")
+    if damaged := [name for name in listed if found.get(name) != listed[name]]:
+        raise UserError(f"{folder / _PARAMS} is damaged ({compact(damaged)}): convert the generator again")
     try:
         flat = _restore(folder, {name: array["dtype"] for name, array in arrays.items()})
-    except Exception as error:  # whatever a damaged folder makes of the libraries below
+    except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
         raise UserError(f"{folder / _PARAMS} cannot be read ({reason}): convert the generator again") from error
     _check_shapes(config, flat, str(folder))
-    damaged = [
-        name
-        for name, array in flat.items()
-        if array.dtype != _dtype(arrays[name]["dtype"]) or _checksum(array) != arrays[name].get("crc32")
-    ]
-    if damaged:
-        raise UserError(f"{folder} is damaged ({compact(damaged)}): convert the generator again")
     return LoadedGenerator(config, _on_device(flat), manifest)
 
 
@@ -395,7 +403,8 @@ def save_safetensors(
       UserError: the file cannot be written.
       ValueError: `params` are not those of `config`, or some leave the range of `dtype`.
     """
-    flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(params).items()}
+    with np.errstate(over="ignore"):  # what leaves the range is named below
+        flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(params).items()}
     found = {name: array.shape for name, array in flat.items()}
     if wrong := differences(found, parameter_shapes(config)):
         raise ValueError(f"the parameters are not those of the config: {wrong}")

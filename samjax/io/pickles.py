@@ -120,8 +120,9 @@ class _Machine:
         try:
             return self.allowed[module, name]
         except (KeyError, TypeError):
+            what = f"{str(module)[:80]}.{str(name)[:80]}"
             raise UserError(
-                f"the pickle names {module}.{name}, which is not on the allow list: nothing was run, nothing was read"
+                f"the pickle names {what}, which is not on the allow list: nothing was run, nothing was read"
             ) from None
 
     def call(self, function: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -137,6 +138,8 @@ class _Machine:
 
     def build(self) -> None:
         state, value = self.stack.pop(), self.stack[-1]
+        if isinstance(value, dict):
+            return  # attributes of a dictionary, such as the versions that torch hangs on state dicts
         # Only what a stand-in's class defines; attributes are never set from outside.
         set_state = getattr(type(value), "__setstate__", None)
         if set_state is None or isinstance(value, type):
