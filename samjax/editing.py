@@ -169,18 +169,14 @@ def _read_array(path: Path) -> np.ndarray:
     if kind not in (".npy", ".npz", ".safetensors"):
         raise UserError(f"{path}: a direction is read from .npy, .npz or .safetensors, not {kind or 'a bare name'!r}")
     try:
-        if kind == ".npy":
-            array = np.load(path, allow_pickle=False)
-            if not isinstance(array, np.ndarray):
-                raise ValueError("an archive under the name of one array")
-            return array
-        if kind == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                if isinstance(archive, np.ndarray):
-                    raise ValueError("one array under the name of an archive")
-                return archive[_only(path, list(archive.files))]
-        arrays = safetensors.numpy.load_file(path)
-        return arrays[_only(path, list(arrays))]
+        if kind == ".safetensors":
+            arrays = safetensors.numpy.load_file(path)
+            return arrays[_only(path, list(arrays))]
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray) != (kind == ".npy"):
+                raise ValueError("the other kind under this name")
+            return found if isinstance(found, np.ndarray) else found[_only(path, list(found.files))]
     except (UserError, OSError) as error:
         if isinstance(error, UserError) or error.errno is not None:
             raise

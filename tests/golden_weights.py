@@ -1,14 +1,18 @@
-"""Weights of the reference cases: filled by rule under NVIDIA's names, in the tree that samjax uses."""
+"""Weights and inputs of the reference cases: filled by rule under NVIDIA's names, in the layout that samjax uses."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from samjax import latents
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,3 +64,18 @@ def golden_generator(case: Any) -> tuple[StyleGAN2Config, dict[str, Any]]:
     )
     fill, salt = load_fill().fill, str(case["salt"])
     return config, from_nvidia({name: fill(name, shape, salt) for name, shape in json.loads(str(case["weights"]))})
+
+
+def seeded(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The reference's inputs: NCHW arrays by rule, given back as NHWC."""
+    array = np.random.default_rng(zlib.crc32(f"A/input/{name}".encode())).standard_normal(shape).astype(np.float32)
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def seeded_latents(config: StyleGAN2Config, wp: np.ndarray) -> dict[str, jax.Array]:
+    """W+ as given, and offsets of 0.3 times the seeded arrays F4 to F10."""
+    found = {"W+": jnp.asarray(wp)}
+    for layer in latents.latent_layers(config)[1:]:
+        r, _, channels = layer.shape
+        found[layer.name] = jnp.asarray(np.float32(0.3) * seeded(layer.name, (1, channels, r, r)))
+    return found
