@@ -44,10 +44,11 @@ MIN_SIZE: Mapping[Net, int] = {"vgg": 16, "alex": 31}  # pixels a side that leav
 def max_pool_2x2(x: Array) -> Array:
     """Maximum of each 2x2 window; an odd last row or column is dropped. [N, H, W, C] to [N, H // 2, W // 2, C].
 
-    The maximum of strided slices: its backward pass is elementwise, where that of `reduce_window` is a scatter, 10
-    times slower on the CPU. Where several entries of a window are the largest, the gradient is shared among them,
-    while PyTorch hands it to the first. After a ReLU most ties are of zeros, whose gradient the ReLU stops either
-    way; the others need equal positive activations (flat regions), where both are subgradients with the same sum.
+    The maximum of strided slices: its backward pass is elementwise, where that of `reduce_window` is a scatter,
+    on its own 10 to 20 times slower on the CPU. Where several entries of a window are the largest, the gradient is
+    shared among them, while PyTorch hands it to the first. After a ReLU most ties are of zeros, whose gradient the
+    ReLU stops either way; the others need equal positive activations (flat regions), where both are subgradients
+    with the same sum.
     """
     h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     rows = jnp.maximum(x[:, 0:h:2], x[:, 1:h:2])
