@@ -40,7 +40,8 @@ class StyleGAN2Config:
       img_channels: 3 for RGB.
       mapping_layers: dense layers of the mapping network.
       channel_base, channel_max: a block at resolution r has min(channel_base / r, channel_max) channels.
-      conv_clamp: limit on activations' magnitude, or None (converted TensorFlow networks have none).
+      conv_clamp: limit on the magnitude of what each layer puts out, its gain included, or None (converted
+        TensorFlow networks have none).
     """
 
     img_resolution: int = 256
@@ -96,27 +97,33 @@ def _interleave(even: Array, odd: Array, axis: int) -> Array:
     return jnp.stack([even, odd], axis + 1).reshape(shape)
 
 
-def _pad(x: Array, axis: int, before: int, after: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (before, after)
-    return jnp.pad(x, widths)
+def _pad(x: Array, before: int, after: int, axes: tuple[int, ...] = (1, 2)) -> Array:
+    return jnp.pad(x, [(before, after) if axis in axes else (0, 0) for axis in range(x.ndim)])
 
 
 def _fir(x: Array) -> Array:
-    """Filters rows and columns with `_FIR`; [N, H, W, C] to [N, H - 1, W - 1, C], one row of zeros around."""
+    """Filters rows and columns with `_FIR`; [N, H, W, C] to [N, H - 3, W - 3, C]."""
     for axis in (1, 2):
-        x = _pad(x, axis, 1, 1)
         size = x.shape[axis] - 3
-        x = sum((_FIR[i] * lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(1, 4)),
-                start=_FIR[0] * lax.slice_in_dim(x, 0, size, axis=axis))  # fmt: skip
+        tap = [lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(4)]
+        x = _FIR[0] * (tap[0] + tap[3]) + _FIR[1] * (tap[1] + tap[2])
     return x
+
+
+@jax.custom_vjp
+def _fir_but_last(x: Array) -> Array:
+    """`_fir` without its last row and column. Its gradient is one filter too; JAX's own adds up 16 padded arrays."""
+    return _fir(x[:, :-1, :-1])
+
+
+_fir_but_last.defvjp(lambda x: (_fir_but_last(x), None), lambda _, y: (_fir(_pad(y, 3, 4)),))
 
 
 def upsample(x: Array) -> Array:
     """Doubles height and width with the filter [1, 3, 3, 1] (`upfirdn2d.upsample2d`); [N, H, W, C]."""
     for axis in (1, 2):
         size = x.shape[axis]
-        x = _pad(x, axis, 1, 1)
+        x = _pad(x, 1, 1, (axis,))
         before, here, after = (lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3))
         x = _interleave(0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after, axis)
     return x
@@ -130,14 +137,13 @@ def up_conv(x: Array, weight: Array) -> Array:
     where `weight` is trained.
     """
     w = weight[::-1, ::-1]
-    run = lambda kernel, pad: lax.conv_general_dilated(x, kernel, (1, 1), pad, dimension_numbers=_NHWC)  # noqa: E731
-    both, none = (1, 1), (0, 0)
-    # Row t of the zero-stuffed result: even rows see kernel rows 0 and 2, odd rows see row 1.
-    even_even, even_odd = run(w[0::2, 0::2], (both, both)), run(w[0::2, 1:2], (both, none))
-    odd_even, odd_odd = run(w[1:2, 0::2], (none, both)), run(w[1:2, 1:2], (none, none))
-    even = _interleave(even_even, _pad(even_odd, 2, 0, 1), 2)
-    odd = _pad(_interleave(odd_even, _pad(odd_odd, 2, 0, 1), 2), 1, 0, 1)
-    return _fir(_interleave(even, odd, 1)[:, :-1, :-1])
+    run = lambda kernel, *pad: lax.conv_general_dilated(x, kernel, (1, 1), pad, dimension_numbers=_NHWC)  # noqa: E731
+    # Row t of the zero-stuffed result sees kernel row 1 where t is odd, rows 0 and 2 where it is even. Padding gives
+    # the rows from t = -1 to 2H + 2, the outer ones zero, so that the filter needs no padding of its own.
+    one, two = (1, 1), (1, 2)
+    odd = _interleave(run(w[1:2, 1:2], one, one), run(w[1:2, 0::2], one, two), 2)
+    even = _interleave(run(w[0::2, 1:2], two, one), run(w[0::2, 0::2], two, two), 2)
+    return _fir_but_last(_interleave(odd, even, 1))
 
 
 def up_conv_folded(x: Array, weight: Array) -> Array:
@@ -154,25 +160,17 @@ def up_conv_folded(x: Array, weight: Array) -> Array:
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features)
 
 
-def modulated_conv(
-    x: Array,
-    weight: Array,
-    styles: Array,
-    *,
-    demodulate: bool = True,
-    convolve: Callable[[Array, Array], Array] = conv,
-) -> Array:
-    """Convolution whose input channels are scaled by `styles` [N, I]; demodulated to unit gain (paper, eq. 1-3)."""
-    y = convolve(x * styles[:, None, None, :], weight)
-    if demodulate:
-        power = jnp.square(styles) @ jnp.sum(jnp.square(weight), axis=(0, 1))  # [N, O]
-        y = y * lax.rsqrt(power + 1e-8)[:, None, None, :]
-    return y
+def modulated_conv(x: Array, weight: Array, styles: Array, convolve: Callable[[Array, Array], Array] = conv) -> Array:
+    """Convolution whose input channels are scaled by `styles` [N, I], demodulated to unit gain (paper, eq. 1-3)."""
+    # A sum written out is one pass over the weights; as a reduction it takes several times longer on a CPU.
+    energy = sum((jnp.square(tap) for row in weight for tap in row), jnp.float32(0))  # [I, O]
+    gain = lax.rsqrt(jnp.square(styles) @ energy + 1e-8)  # [N, O]
+    return convolve(x * styles[:, None, None, :], weight) * gain[:, None, None, :]
 
 
-def _activate(x: Array, bias: Array, clamp: float | None, gain: float = _SQRT2) -> Array:
-    x = nn.leaky_relu(x + bias, 0.2) * gain
-    return _clamp(x, None if clamp is None else clamp * gain)
+def _activate(x: Array, bias: Array, clamp: float | None) -> Array:
+    x = x + bias
+    return _clamp(x * jnp.where(x >= 0, _SQRT2, 0.2 * _SQRT2), clamp)  # leaky ReLU and its gain
 
 
 def _clamp(x: Array, limit: float | None) -> Array:
@@ -219,7 +217,7 @@ class SynthesisLayer(nn.Module):
         size = (self.resolution, self.resolution)
         noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
         noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
-        x = modulated_conv(x, weight, styles, convolve=self.up_conv if self.up else conv)
+        x = modulated_conv(x, weight, styles, self.up_conv if self.up else conv)
         if noise == "const":
             x = x + (noise_const * noise_strength)[None, :, :, None]
         elif noise == "random":
@@ -240,7 +238,9 @@ class ToRGB(nn.Module):
         styles = Dense(fan_in, bias_init=1.0, name="affine")(w) / math.sqrt(fan_in)
         weight = self.param("weight", nn.initializers.normal(1.0), (1, 1, fan_in, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return _clamp(modulated_conv(x, weight, styles, demodulate=False) + bias, self.conv_clamp)
+        # Few outputs: scaling the weights instead of x saves a pass over x.
+        rgb = jnp.einsum("nhwi,nio->nhwo", x, styles[:, :, None] * weight[0, 0])
+        return _clamp(rgb + bias, self.conv_clamp)
 
 
 # --- networks ---
@@ -313,7 +313,9 @@ class MappingNetwork(nn.Module):
     config: StyleGAN2Config
 
     @nn.compact
-    def __call__(self, z: Array, c: Array | None, truncation_psi: Array | float, truncation_cutoff: int | None) -> Array:
+    def __call__(
+        self, z: Array, c: Array | None, truncation_psi: Array | float, truncation_cutoff: int | None
+    ) -> Array:
         cfg = self.config
         x = _normalize(z)
         if cfg.c_dim:
@@ -392,7 +394,10 @@ def map_z(
     """Styles of `z`.
 
     Args:
-      z: [N, z_dim], standard normal. c: [N, c_dim] labels (one-hot), for conditional generators.
+      config: sizes of the generator.
+      params: as `init` or a converted checkpoint gives them.
+      z: [N, z_dim], standard normal.
+      c: [N, c_dim] labels (one-hot), for conditional generators.
       truncation_psi: 1 keeps the styles, 0 gives the average one.
       truncation_cutoff: how many of the first styles are truncated; None for all.
 
@@ -424,9 +429,14 @@ def synthesize(
     x (1 - masks[r]) + features[r] * masks[r]: both act on the blocks that follow. Without a mask, everywhere.
 
     Args:
+      config: sizes of the generator.
+      params: as `init` or a converted checkpoint gives them.
       ws: [N, num_ws, w_dim].
-      noise: "const" for the stored noise, "none", or "random" with `noise_key`.
-      offsets, features: {r: [N, r, r, channels(r)]}. masks: {r: [N, r, r, 1]}.
+      noise: "const" for the stored noise, "none", or "random".
+      noise_key: for random noise.
+      offsets: {r: [N, r, r, channels(r)]}.
+      features: the same.
+      masks: {r: [N, r, r, 1]}.
 
     Returns:
       `Synthesis`: the image [N, R, R, C], in [-1, 1] up to overshoot, and each block's output.
