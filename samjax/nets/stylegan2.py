@@ -154,7 +154,8 @@ def up_conv_folded(x: Array, weight: Array) -> Array:
     n, h, w, _ = x.shape
     features = weight.shape[-1]
     padded = jnp.pad(weight[::-1, ::-1], ((3, 3), (3, 3), (0, 0), (0, 0)))
-    kernel = sum(_FIR[i] * _FIR[j] * padded[i : i + 6, j : j + 6] for i in range(4) for j in range(4))
+    shifted = (_FIR[i] * _FIR[j] * padded[i : i + 6, j : j + 6] for i in range(4) for j in range(4))
+    kernel = sum(shifted, start=jnp.zeros(()))
     phases = jnp.concatenate([kernel[1 - a :: 2, 1 - b :: 2] for a in (0, 1) for b in (0, 1)], -1)
     y = conv(x, phases).reshape(n, h, w, 2, 2, features)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features)
@@ -163,7 +164,7 @@ def up_conv_folded(x: Array, weight: Array) -> Array:
 def modulated_conv(x: Array, weight: Array, styles: Array, convolve: Callable[[Array, Array], Array] = conv) -> Array:
     """Convolution whose input channels are scaled by `styles` [N, I], demodulated to unit gain (paper, eq. 1-3)."""
     # A sum written out is one pass over the weights; as a reduction it takes several times longer on a CPU.
-    energy = sum((jnp.square(tap) for row in weight for tap in row), jnp.float32(0))  # [I, O]
+    energy = sum((jnp.square(tap) for row in weight for tap in row), start=jnp.zeros(()))  # [I, O]
     gain = lax.rsqrt(jnp.square(styles) @ energy + 1e-8)  # [N, O]
     return convolve(x * styles[:, None, None, :], weight) * gain[:, None, None, :]
 
