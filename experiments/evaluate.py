@@ -26,10 +26,10 @@ import numpy as np
 import tqdm
 
 from samjax import api, demo, maps, segmentation
-from samjax.config import CATEGORIES, Category, InversionConfig
+from samjax.config import CATEGORIES, Category
 from samjax.errors import UserError
 from samjax.io import files, images
-from samjax.latents import single_layer_masks
+from samjax.latents import latent_layers, single_layer_masks
 from samjax.metrics import edit_effect, quality
 
 
@@ -174,9 +174,11 @@ def main(args: Arguments) -> None:
         CATEGORIES["demo"] if args.gan_weights is None else Category.for_resolution(generator.config.img_resolution)
     )
     thresholds = list(args.thresholds or (category.threshold,))
-    config = InversionConfig(
-        num_opt_steps=args.num_opt_steps or category.num_opt_steps,
-        lpips_type=args.lpips_type or category.lpips_type,
+    config = dataclasses.replace(
+        category.config,
+        latent_names=tuple(layer.name for layer in latent_layers(generator.config)),
+        num_opt_steps=args.num_opt_steps or category.config.num_opt_steps,
+        lpips_type=args.lpips_type or category.config.lpips_type,
         batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
         loss_resolution=max(category.target_size),
     )

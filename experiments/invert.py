@@ -64,19 +64,20 @@ class Arguments:
     """Runs all thresholds of the category; those that give the same layers run once."""
 
     num_opt_steps: int | None = None
-    """Adam steps; none: by category (1001; the demo 100)."""
-    lr: float = 0.05
-    lr_rampdown_length: float = 0.25
-    lr_rampup_length: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
+    """Adam steps. This and what follows up to lambda_mvg, where not given, is the category's: for all but the demo the
+    authors' 1001, 0.05, 0.25, 0.05, 0.9, 0.999, vgg, 1, 1, 5, 1e-3, 1e-8."""
+    lr: float | None = None
+    lr_rampdown_length: float | None = None
+    lr_rampup_length: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
     lpips_type: Literal["vgg", "alex"] | None = None
-    """Network of the perceptual loss; none: by category (vgg; the demo alex)."""
-    lambda_mse: float = 1.0
-    lambda_lpips: float = 1.0
-    lambda_f_rec: float = 5.0
-    lambda_delta: float = 1e-3
-    lambda_mvg: float = 1e-8
+    """Network of the perceptual loss."""
+    lambda_mse: float | None = None
+    lambda_lpips: float | None = None
+    lambda_f_rec: float | None = None
+    lambda_delta: float | None = None
+    lambda_mvg: float | None = None
     noise: Literal["random", "const", "none"] = "random"
     """The generator's noise during optimisation."""
     start: Literal["mean", "best"] = "mean"
@@ -199,11 +200,9 @@ def settle_config(args: Arguments, category: Category, generator: LoadedGenerato
         taken["latent_names"] = tuple(layer.name for layer in latent_layers(generator.config))
     else:
         taken["latent_names"] = parse_latent_names(args.latent_names, generator.config)
-    taken.setdefault("num_opt_steps", category.num_opt_steps)
-    taken.setdefault("lpips_type", category.lpips_type)
     taken.setdefault("batch_size", 1 if jax.default_backend() == "cpu" else 8)
     try:
-        return InversionConfig(**taken, loss_resolution=max(category.target_size))
+        return dataclasses.replace(category.config, **taken, loss_resolution=max(category.target_size))
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -41,6 +41,7 @@ class Stage(NamedTuple):
     lr: float  # Muon's, at the stage's start; falls to a tenth, in the last stage to nothing
     lr_adam: float
     fade: int = 0  # steps in which the RGB of all blocks but the last goes to zero and stays there; 0: it stays
+    mix: bool = False  # whether half of the pictures take the last block's styles from another scene
 
 
 STAGES = (
@@ -49,6 +50,7 @@ STAGES = (
     Stage(128, 8, 900, 0.1, 5e-3),
     Stage(256, 4, 880, 0.06, 3e-3),
     Stage(256, 4, 1500, 0.08, 4e-3, fade=300),
+    Stage(256, 4, 1000, 0.08, 4e-3, fade=1, mix=True),
 )
 
 
@@ -84,11 +86,20 @@ def targets(z: Array, resolution: int) -> Array:
     return pool(jax.vmap(lambda z: scenes.render(z, 2 * resolution).image)(z))
 
 
-def generate(params: stylegan2.Params, z: Array, resolution: int) -> Array:
-    """The generator's picture of `z`, from its blocks up to `resolution`; [N, R, R, 3]."""
+def generate(params: stylegan2.Params, z: Array, resolution: int, mix: bool = False) -> Array:
+    """The generator's picture of `z`, from its blocks up to `resolution`; [N, R, R, 3].
+
+    With `mix`, every second picture takes the last block's styles from its neighbour. What must come out stays the
+    same, so the network learns to decide colours before that block, where the F layers can hold them (style mixing:
+    Karras et al. 2019, section 3.1).
+    """
 
     def run(module: stylegan2.Generator, z: Array) -> Array:
-        return module.synthesize(module.map_z(z), noise="none", max_resolution=resolution).image
+        ws = module.map_z(z)
+        if mix:
+            foreign = jnp.roll(ws, 1, axis=0).at[::2].set(ws[::2])
+            ws = ws.at[:, -3:].set(foreign[:, -3:])
+        return module.synthesize(ws, noise="none", max_resolution=resolution).image
 
     return stylegan2.Generator(CONFIG, stylegan2.up_conv_folded).apply({"params": params}, z, method=run)  # type: ignore[return-value]
 
@@ -167,7 +178,7 @@ def train_step(state: State, *, stage: Stage, last: bool, seed: int) -> tuple[St
     params = active(state.params, stage.resolution)
 
     def objective(params: Any) -> Array:
-        return image_loss(generate(faded(params, stage, state.step), z, stage.resolution), target)
+        return image_loss(generate(faded(params, stage, state.step), z, stage.resolution, stage.mix), target)
 
     loss, grads = jax.value_and_grad(objective)(params)
     updates, optimizer = make_optimizer(stage, last).update(grads, state.optimizer, params)
@@ -242,9 +253,9 @@ def main(args: Arguments) -> None:
                       f"held-out PSNR {psnr:.2f} dB  {rate:.1f} images/s", flush=True)  # fmt: skip
                 images.save_png(folder / "preview.png", sheet)
                 save_state(saved, index, state)
-        checkpoints.save_safetensors(
-            folder / "generator.safetensors", CONFIG, with_mean_w(faded(state.params, stage, state.step))
-        )
+        finished = jax.tree.map(np.asarray, with_mean_w(faded(state.params, stage, state.step)))
+        # Half precision: half the size, and no difference that eight bits a colour could show.
+        checkpoints.save_safetensors(folder / "generator.safetensors", CONFIG, finished, dtype=np.float16)
         index += 1
         if index < len(args.stages):
             state = fresh(index, faded(state.params, stage, state.step), args)

@@ -30,7 +30,8 @@ class InversionConfig:
       noise: the generator's noise during optimisation: drawn anew at every step ("random"), stored, or none.
       loss_resolution: larger images are reduced to this size before they are compared.
       batch_size: items (targets with their masks) in one program.
-      chunk_steps: steps between two looks of the host.
+      chunk_steps: steps between two looks of the host; None for 25, and 1 on a CPU, where XLA runs the inside of a
+        longer loop on one thread.
       precision: of matrix products and convolutions; "highest" is full float32 on every device.
     """
 
@@ -51,12 +52,13 @@ class InversionConfig:
     noise: Literal["random", "const", "none"] = "random"
     loss_resolution: int = 256
     batch_size: int = 1
-    chunk_steps: int = 25
+    chunk_steps: int | None = None
     precision: Literal["highest", "high", "default"] = "highest"
 
     def __post_init__(self) -> None:
         for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
@@ -71,7 +73,7 @@ class Category:
         images are letterboxed: rows of zeros in the masks, and rows cut from the images, above and below.
       threshold: mean map value up to which a segment may use a layer.
       threshold_range: lowest and highest threshold of a sweep.
-      num_opt_steps, lpips_type: defaults of `InversionConfig` for it.
+      config: settings of its inversions, where the user gives none.
     """
 
     name: str
@@ -79,8 +81,7 @@ class Category:
     target_size: tuple[int, int] = (256, 256)
     threshold: float = 0.225
     threshold_range: tuple[float, float] = (0.1, 0.4)
-    num_opt_steps: int = 1001
-    lpips_type: Literal["vgg", "alex"] = "vgg"
+    config: InversionConfig = InversionConfig()
 
     @classmethod
     def for_resolution(cls, resolution: int) -> Category:
@@ -101,7 +102,14 @@ CATEGORIES = {
         Category("cars", 512, target_size=(192, 256)),
         Category("faces", 1024),
         Category("cats", 256, threshold_range=(0.2, 0.45)),
-        # AlexNet's LPIPS and few steps: a laptop's CPU makes the demo in a minute or two.
-        Category("demo", 256, threshold=0.3, threshold_range=(0.2, 0.6), num_opt_steps=100, lpips_type="alex"),
+        # AlexNet's LPIPS and few, large steps: a laptop's CPU makes the demo in a minute or two. The offsets of its
+        # narrow generator must grow larger than those of config-f before they show, so they cost less.
+        Category(
+            "demo",
+            256,
+            threshold=0.3,
+            threshold_range=(0.2, 0.5),
+            config=InversionConfig(num_opt_steps=100, lr=0.1, lambda_f_rec=0.5, lpips_type="alex"),
+        ),
     )
 }

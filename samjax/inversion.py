@@ -188,7 +188,7 @@ def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
         config.lpips_type if config.lambda_lpips > 0 else None,
         config.noise,
         min(config.loss_resolution, generator.img_resolution),
-        config.chunk_steps,
+        config.chunk_steps or (1 if jax.default_backend() == "cpu" else 25),
         config.precision,
     )
 
@@ -258,15 +258,19 @@ def run_chunk(
       The new state (the old one is donated), and the terms of each step [chunk_steps, N]; NaN where nothing was done.
     """
 
-    def idle(state: State) -> tuple[State, Terms]:
-        return state, Terms(*(jnp.full(batch.targets.shape[0], jnp.nan) for _ in Terms._fields))
-
     def body(state: State, _: None) -> tuple[State, Terms]:
         active = (state.step < hyper.num_opt_steps) & state.finite
-        return lax.cond(active, functools.partial(step, structure, networks, batch, hyper), idle, state)
+        after, terms = step(structure, networks, batch, hyper, state)
+        # Not `lax.cond`: XLA runs what is inside a conditional on one thread of a CPU.
+        state = jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state)
+        return state, jax.tree.map(lambda term: jnp.where(active, term, jnp.nan), terms)
 
     with jax.default_matmul_precision(structure.precision):
-        state, terms = lax.scan(body, state, None, length=structure.chunk_steps)
+        if structure.chunk_steps == 1:  # a loop of one step would still be a loop: see `InversionConfig.chunk_steps`
+            state, terms = body(state, None)
+            terms = jax.tree.map(lambda term: term[None], terms)
+        else:
+            state, terms = lax.scan(body, state, None, length=structure.chunk_steps)
     # The last step's own loss is never computed: look at the latents themselves once a chunk.
     healthy = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), state.latents)
     return state._replace(finite=state.finite & jnp.all(jnp.stack(jax.tree.leaves(healthy)))), terms
@@ -309,6 +313,7 @@ def _check(structure: Structure, items: Items) -> None:
 
 def take(tree: Any, index: Any) -> Any:
     """Indexes the leading axis of every array in a pytree of items, latents or masks."""
+    index = np.asarray(index) if isinstance(index, list) else index
     return jax.tree.map(lambda x: x[index], tree)
 
 
@@ -479,9 +484,10 @@ def start_latents(
     for first in range(0, samples, batch_size):
         z = jax.random.normal(jax.random.fold_in(key, first), (batch_size, generator.z_dim))
         # Truncated to nothing, the first sample of all is the mean style itself.
-        psi = jnp.full((batch_size, 1, 1), truncation_psi).at[0].multiply(first > 0)
+        psi = np.full((batch_size, 1, 1), truncation_psi, np.float32)
+        psi[0] *= first > 0
         ws, distances = _candidates(
-            generator, networks, features, targets, z, psi, size, config.lpips_type, config.precision
+            generator, networks, features, targets, z, jnp.asarray(psi), size, config.lpips_type, config.precision
         )
         distances = np.asarray(distances)[:, : samples - first]
         nearest = distances.argmin(axis=1)

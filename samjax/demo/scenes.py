@@ -237,7 +237,7 @@ def _paint_tree(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) ->
         ),
     )
     tint = jax.random.uniform(keys[3], (3,), minval=0.0, maxval=1.0) * jnp.asarray((0.45, 0.15, 0.05))
-    leaves = jnp.asarray((0.16, 0.36, 0.13)) + tint + 0.22 * _noise(keys[2], 46, size, "nearest")[..., :1]
+    leaves = jnp.asarray((0.20, 0.38, 0.15)) + tint + 0.20 * _noise(keys[2], 26, size, "cubic")[..., :1]
     return canvas.paint(crown + ragged, leaves, OCCLUDER)
 
 
@@ -262,7 +262,7 @@ def render_hard(z: Array, *, key: Array, resolution: int = 256) -> Scene:
     """A scene that no generator of the domain has seen: `render`, with strangers in it.
 
     Behind the car stands a house, or the hills carry a forest; in front of it a post, a tree or a person
-    (sometimes two of them); and the light comes from one side.
+    (sometimes two of them); and the light has another colour.
 
     Args:
       z: [NUM_FACTORS], standard normal: the scene underneath.
@@ -278,7 +278,7 @@ def render_hard(z: Array, *, key: Array, resolution: int = 256) -> Scene:
     horizon = 0.51 + 0.06 * f["horizon"]
     plain = _paint_backdrop(f, x, y)
     hills = jnp.where(plain.labels == LABELS.index("hills"), -1.0, 1.0)
-    forest = _paint_texture(plain, keys[0], hills, jnp.asarray(0.30), 42, BACKDROP)
+    forest = _paint_texture(plain, keys[0], hills, jnp.asarray(0.30), 32, BACKDROP)
     house = _paint_house(plain, keys[1], horizon + 0.012, x, y)
     with_house = jax.random.bernoulli(keys[2])
     choose = lambda pick, a, b: _Canvas(  # noqa: E731
@@ -293,6 +293,5 @@ def render_hard(z: Array, *, key: Array, resolution: int = 256) -> Scene:
     for which, draw in ((first, keys[5]), (second, keys[6])):
         for i, painter in enumerate(painters):
             canvas = choose(which == i, painter(canvas, draw, foot, x, y), canvas)
-    side = jax.random.uniform(keys[7], (), minval=-1.0, maxval=1.0)
-    light = 1 + 0.35 * side * (x - 0.5)[..., None] * jnp.asarray((1.2, 1.0, 0.7))
+    light = 1 + jax.random.uniform(keys[7], (3,), minval=-0.12, maxval=0.12)
     return Scene(jnp.clip(canvas.image * light, 0, 1) * 2 - 1, canvas.labels)
