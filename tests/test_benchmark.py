@@ -1,0 +1,130 @@
+"""The benchmark's counts, its workers and its table."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from samjax.errors import UserError
+from samjax.nets import lpips, stylegan2
+from samjax.nets.stylegan2 import StyleGAN2Config
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        import benchmark
+
+        yield benchmark
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+
+
+def convolution_operations(jaxpr) -> int:
+    """Multiplications and additions of a program's convolutions, counted from the program itself."""
+    total = 0
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                total += convolution_operations(inner)
+        if equation.primitive.name == "conv_general_dilated":
+            height, width, inputs, outputs = equation.invars[1].aval.shape
+            total += 2 * height * width * inputs * outputs * int(np.prod(equation.outvars[0].aval.shape[:3]))
+    return total
+
+
+def test_operations_of_synthesis(benchmark):
+    """Against the program: its up-convolutions compute a margin more, its RGB layers are matrix products."""
+    config = StyleGAN2Config(64, w_dim=8, channel_base=512, channel_max=16)
+    params = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
+    ws = jax.ShapeDtypeStruct((1, config.num_ws, config.w_dim), np.float32)
+    program = jax.make_jaxpr(lambda params, ws: stylegan2.synthesize(config, params, ws))(params, ws)
+    rgb = sum(2 * r * r * config.channels(r) * 3 for r in config.block_resolutions)
+    ratio = convolution_operations(program.jaxpr) / (benchmark.synthesis_operations(config) - rgb)
+    assert 1 <= ratio < 1.15
+    # Liu et al., "Content-Aware GAN Compression", CVPR 2021, count 45.1 and 74.3 billion multiply-adds.
+    for resolution, published in ((256, 45.1e9), (1024, 74.3e9)):
+        assert benchmark.synthesis_operations(StyleGAN2Config(resolution)) == pytest.approx(2 * published, rel=0.01)
+
+
+def test_operations_of_lpips(benchmark):
+    params = jax.eval_shape(lambda: lpips.init("vgg", key=jax.random.key(0)))
+    image = jax.ShapeDtypeStruct((1, 96, 64, 3), np.float32)
+    program = jax.make_jaxpr(lambda params, x: lpips.features(params, x, "vgg"))(params, image)
+    assert convolution_operations(program.jaxpr) == benchmark.lpips_operations(96, 64)
+    assert benchmark.lpips_operations(224, 224) == pytest.approx(2 * 15.35e9, rel=0.01)  # as is known of VGG16
+
+
+def test_figures(benchmark):
+    row = benchmark.Row(512, 4, benchmark.Operations(1, 2, 3, 4), [8.0, 4.0, 6.0], [1.0, 2.0, 0.5], [4.0, 1.0, 2.0])
+    rate = benchmark.Convolution.OPERATIONS
+    assert row.rate == rate
+    assert row.share == 4 * 10 / 6 / rate
+    assert row.ratio == 0.75, "the median of 0.5, 1 and 0.75, not the ratio of medians"
+    failed = benchmark.Row(1024, 1, benchmark.Operations(1, 2, 3, 4), failure="out of memory?")
+    lines = list(benchmark.table([row, failed], True))
+    assert len({line.count("|") for line in lines}) == 1
+    assert "0.75 per image" in lines[2]
+    assert "failed: out of memory?" in lines[3]
+
+
+class Sleep:
+    """A step for the workers of these tests."""
+
+    device = "bed"
+
+    def __init__(self, seconds: float):
+        if seconds < 0:
+            raise ValueError("cannot sleep\nbackwards")
+        self.seconds = seconds
+
+    def __call__(self, steps: int) -> float:
+        if steps > 99:
+            sys.exit(3)
+        time.sleep(steps * self.seconds)
+        return steps * self.seconds
+
+
+def test_worker(benchmark):
+    with benchmark.Worker(__name__, "Sleep", 0.01) as worker:
+        assert worker.device == "bed"
+        assert worker.seconds(3) == pytest.approx(0.01)
+        with pytest.raises(benchmark.WorkerError, match="ended with code 3"):
+            worker.seconds(100)
+    with pytest.raises(benchmark.WorkerError, match=r"^ValueError: cannot sleep$"):
+        benchmark.Worker(__name__, "Sleep", -1)
+
+
+def test_end_to_end(benchmark, tmp_path, capsys):
+    args = benchmark.Arguments(
+        resolutions=(16,), batch_sizes=(2,), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"
+    )
+    benchmark.main(args)
+    assert "| 16 px | 2 |" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert row["failure"] is None
+    assert len(row["ours"]) == len(row["convolution"]) == 2
+    assert 0 < row["share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolutions": (100,)}, "100 is no power of two"),
+        ({"resolutions": ()}, "--resolutions is empty"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"reference": (Path("a"), Path("b"))}, "a is no checkout of NVlabs/stylegan3"),
+        ({"reference": (Path("a"), Path("b")), "resolutions": (64,)}, "from 256 on"),
+    ],
+)
+def test_bad_arguments(benchmark, options, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.main(benchmark.Arguments(**options))
