@@ -46,7 +46,7 @@ def reference(golden):
     masks = maps.stack_masks(4 - case["refined_0.45"][None], layers)
     target = (case["image"].astype(np.float32) / 127.5 - 1).transpose(0, 2, 3, 1)
     items = Items(target, masks, latents.init_latents(layers, case["wp"]), np.zeros(1, int))
-    return config, networks, items, InversionConfig(25, lambda_mvg=1e-10, noise="const", chunk_steps=5)
+    return config, networks, items, InversionConfig(25, lambda_mvg=1e-10, noise="const")
 
 
 def test_reference_gradients(golden, reference):
