@@ -232,7 +232,8 @@ def check_settings(folder: Path, job: Job) -> None:
         "target": digest(job.target),
         "segments": digest(job.segments),
     }))  # fmt: skip
-    settings.pop("batch_size"), settings.pop("chunk_steps")  # how, not what
+    for how in ("batch_size", "chunk_steps"):  # not what
+        del settings[how]
     path = folder / "settings.json"
     if path.exists():
         try:
@@ -321,8 +322,10 @@ def sam_inversions(
             result = api.invert_layers(models, job.target, chosen, ws, seed=args.seed, on_progress=watch)
         took = (time.perf_counter() - began) / len(todo)
         for i, k in enumerate(todo):
-            done[k] = {f"latent_{n}": np.asarray(v[i : i + 1]) for n, v in result.latents.items()}
-            done[k] |= {"loss": result.terms.total[:, i], "seconds": np.asarray(took)}
+            done[k] = {f"latent_{n}": np.asarray(v[i : i + 1]) for n, v in result.latents.items()} | {
+                "loss": result.terms.total[:, i],
+                "seconds": np.asarray(took),
+            }
     results = []
     for i, path in enumerate(paths):
         arrays = done[position[i]]
@@ -394,7 +397,7 @@ def describe(
     for (name, image), distance in zip(made.items(), lpips, strict=True):
         q = quality(image, job.target, float(distance))
         metrics[name] = {"MSE": q.mse, "PSNR": q.psnr, "SSIM": q.ssim, "LPIPS": float(distance)}
-    edits: dict[str, dict[float, dict[str, np.ndarray]]] = {}
+    edits: dict[str, dict[str | float, dict[str, np.ndarray]]] = {}
     for direction, change in job.directions.items():
         for name, item in methods.items():
             sweep = api.edit_latents(models, item.latents, item.masks, change, job.strengths)
@@ -412,7 +415,7 @@ def describe(
         reconstructions=made,
         edits=edits,
         metrics=metrics,
-        losses={name: item.loss for name, item in methods.items()},
+        losses={name: item.loss.tolist() for name, item in methods.items()},
         settings={
             "generator": job.generator_name,
             "steps": job.config.num_opt_steps,

@@ -182,7 +182,7 @@ def train_step(state: State, *, stage: Stage, last: bool, seed: int) -> tuple[St
 
     loss, grads = jax.value_and_grad(objective)(params)
     updates, optimizer = make_optimizer(stage, last).update(grads, state.optimizer, params)
-    params = optax.apply_updates(params, updates)
+    params: Any = optax.apply_updates(params, updates)
     blocks = {**state.params["synthesis"], **params["synthesis"]}
     return State({"mapping": params["mapping"], "synthesis": blocks}, optimizer, state.step + 1), loss
 

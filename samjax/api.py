@@ -165,8 +165,11 @@ def invert_layers(
     layer_maps = np.asarray(layer_maps)
     count = len(layer_maps)
     repeat = lambda x: np.broadcast_to(np.asarray(x, np.float32), (count, *np.shape(x)))  # noqa: E731
-    masks = maps.stack_masks(layer_maps, models.layers)
-    items = Items(repeat(target), masks, init_latents(models.layers, repeat(ws)), np.full(count, seed))
+    masks: dict[str, Any] = {
+        name: jnp.asarray(mask) for name, mask in maps.stack_masks(layer_maps, models.layers).items()
+    }
+    start_at = init_latents(models.layers, jnp.asarray(repeat(ws)))
+    items = Items(repeat(target), masks, start_at, np.full(count, seed))
     result = inversion.run(
         models.generator.config, models.networks, items, models.config, on_progress=on_progress
     )  # fmt: skip
@@ -197,7 +200,7 @@ def _vgg_distance(params: lpips.Params, x: Array, y: Array) -> Array:
 def comparable(images: ArrayLike, target: ArrayLike) -> np.ndarray:
     """A generator's images [T, R, R, 3] at the size of a target [h, w, 3]: reduced, clipped, letterbox removed."""
     height, width = np.shape(target)[:2]
-    return np.asarray(losses.comparable(np.asarray(images, np.float32), max(height, width), height, width))
+    return np.asarray(losses.comparable(jnp.asarray(images, jnp.float32), max(height, width), height, width))
 
 
 def invert(
@@ -231,14 +234,14 @@ def invert(
     labels = segmentation.segment(target) if segments is None else np.asarray(segments)
     ws = start(models, target, kind=start_kind, seed=seed)
     if error_maps is None:
-        error_maps = measure(models, target, ws, seed=seed, on_progress=on_progress).maps[0]
-    assignment = maps.assign_layers(error_maps, labels, threshold)
+        errors = measure(models, target, ws, seed=seed, on_progress=on_progress).maps[0]
+    else:
+        errors = np.asarray(error_maps, np.float32)
+    assignment = maps.assign_layers(errors, labels, threshold)
     done = invert_layers(models, target, assignment.layer_maps, ws, seed=seed, on_progress=on_progress)
     terms = Terms(*(term[:, 0] for term in done.terms))
     distance = float(distances(models, done.images, target)[0])
-    return Inversion(
-        target, labels, np.asarray(error_maps), assignment, done.latents, done.masks, done.images[0], distance, terms
-    )
+    return Inversion(target, labels, errors, assignment, done.latents, done.masks, done.images[0], distance, terms)
 
 
 def edit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,7 +26,7 @@ def quality(reconstruction: ArrayLike, target: ArrayLike, lpips: float | None = 
 
     x, y = (np.clip(np.asarray(a, np.float64), -1, 1) for a in (reconstruction, target))
     mse = float(np.mean(np.square(x - y)))
-    ssim = structural_similarity(
+    ssim: Any = structural_similarity(
         x, y, data_range=2.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return Quality(mse, float(10 * np.log10(4 / max(mse, 1e-12))), float(ssim), lpips)

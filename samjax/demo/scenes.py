@@ -79,7 +79,7 @@ def _mix(a: tuple[float, ...] | Array, b: tuple[float, ...] | Array, t: Array) -
 class _Canvas:
     """Paints shapes in order; each `paint` gives a new canvas. Colours are in [0, 1] until `scene`."""
 
-    def __init__(self, image: Array, labels: Array, pixel: float):
+    def __init__(self, image: Array, labels: Array, pixel: Array | float):
         self.image, self.labels, self.pixel = image, labels, pixel
 
     def paint(self, distance: Array, colour: Array, label: int | None = None, alpha: float = 1.0) -> _Canvas:
@@ -179,7 +179,7 @@ def render(z: Array, resolution: int = 256) -> Scene:
 # --- hard scenes ---
 
 # Mixes three independent noises into mostly light and dark, some green against brown.
-_LEAFY = np.float32([[0.8, 0.9, 0.5], [-0.35, 0.3, -0.15], [0.15, 0.0, -0.1]])
+_LEAFY = np.array([[0.8, 0.9, 0.5], [-0.35, 0.3, -0.15], [0.15, 0.0, -0.1]], np.float32)
 
 
 def _noise(key: Array, cells: int, resolution: int, method: str) -> Array:
