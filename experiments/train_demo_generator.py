@@ -4,8 +4,8 @@
 
 No adversary: z is the vector of factors, the renderer says what the picture must be, and the network learns it by
 regression, coarse to fine. Most is learned at 32 and 64 px, where a picture costs little. Convolutions and square
-matrices are trained by Muon (Jordan et al. 2024; orthogonalised momentum), the rest by Adam. Takes a few hours on two
-CPU cores; stopped at any time, the same command goes on where it was. Writes `generator.safetensors` and
+matrices are trained by Muon (Jordan et al. 2024; orthogonalised momentum), the rest by Adam. Takes about an hour and a
+half on two CPU cores; stopped at any time, the same command goes on where it was. Writes `generator.safetensors` and
 `preview.png` (renderer above, generator below).
 """
 
