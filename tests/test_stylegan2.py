@@ -47,7 +47,8 @@ def tiny_params(config: StyleGAN2Config = TINY):
     """Random parameters near those of training's start, with nothing left at zero."""
     shapes = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
     fill = lambda path, x: jnp.asarray(SCALES.get(path[-1].key, 1.0) * normal(x.size, *x.shape))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    with jax.ensure_compile_time_eval():  # arrays, not tracers, also where the first call is inside a jitted function
+        return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 tiny_synthesize = jax.jit(functools.partial(synthesize, TINY), static_argnames="noise")
