@@ -1,41 +1,26 @@
-"""What StyleGAN2's parameters are called in other programs, and how they lie there: one table for each naming.
+"""StyleGAN2 in other programs: one table for each naming, and the config that a file's shapes tell.
 
-A table is laid on the tree of our own parameters, as the network itself states it, and serves both ways: each row
-has a pattern of our names, their name for it, and how an array goes from their layout to ours and back. All ways
-back and forth only turn and cut axes, so that nothing is ever rounded (TensorFlow's shifted bias, which is only
-read, apart).
-
-Layouts: dense weights [out, in] in torch, [in, out] with us and in TensorFlow; convolutions [O, I, k, k] in torch,
-[k, k, I, O] elsewhere; up-convolutions turned by 180 degrees in TensorFlow. rosinality scales its convolutions'
-weights by 1 / sqrt(fan_in) on use, which demodulation takes out again and which ToRGB needs as we do, so the stored
-numbers are the same.
+TensorFlow has dense weights [in, out] and convolutions [k, k, I, O] as we do, but up-convolutions turned by 180
+degrees and the bias of styles without its 1, which is the one number that conversion changes. rosinality scales its
+convolutions' weights by 1 / sqrt(fan_in) on use, which demodulation takes out again and which ToRGB needs as we do,
+so the stored numbers are the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ckpt_convert.formats.arrays import BFLOAT16, Stored
+from ckpt_convert import tables
+from ckpt_convert.formats.arrays import Stored
+from ckpt_convert.tables import CONV, DENSE, SAME, Layout, Row
 from samjax.errors import UserError
 from samjax.io import checkpoints
 from samjax.nets.stylegan2 import StyleGAN2Config
 
-
-class Layout(NamedTuple):
-    """How an array goes from their layout to ours, and back."""
-
-    ours: Callable[[np.ndarray], np.ndarray]
-    theirs: Callable[[np.ndarray], np.ndarray]
-
-
-SAME = Layout(lambda a: a, lambda a: a)
-DENSE = Layout(np.transpose, np.transpose)
-CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
 FIRST_CONV = Layout(lambda a: CONV.ours(a[0]), lambda a: CONV.theirs(a)[None])  # an axis for the batch before it
 TURNED_CONV = Layout(lambda a: a[::-1, ::-1], lambda a: a[::-1, ::-1])
 CONST = Layout(lambda a: a.transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1))
@@ -46,14 +31,6 @@ SCALAR = Layout(lambda a: a.reshape(()), lambda a: a.reshape(1))
 PLUS_ONE = Layout(lambda a: a.astype(np.float32) + np.float32(1), lambda a: a.astype(np.float32) - np.float32(1))
 
 
-class Row(NamedTuple):
-    """Our name as a pattern; theirs, from the pattern's groups; the layout."""
-
-    pattern: str
-    name: Callable[..., str]
-    layout: Layout
-
-
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """The table of one program.
@@ -62,19 +39,16 @@ class Naming:
       rows: see `Row`; the first that fits counts.
       filters: names of the resampling filters [4, 4] that a file holds for a config, with their sum: constants of the
         architecture, which are checked rather than kept.
-      ignored: names that mean nothing for inference.
+      ignored: pattern of names that mean nothing for inference.
     """
 
     rows: tuple[Row, ...]
     filters: Callable[[StyleGAN2Config], dict[str, float]] = lambda _: {}
-    ignored: tuple[str, ...] = ()
+    ignored: str = ""
 
     def find(self, path: str) -> tuple[str, Layout]:
-        """Their name and layout of our parameter `path`."""
-        for row in self.rows:
-            if match := re.fullmatch(row.pattern, path):
-                return row.name(*match.groups()), row.layout
-        raise KeyError(path)
+        """Their name and layout of our parameter `path`; see `tables.find`."""
+        return tables.find(self.rows, path)
 
 
 def _same_name(path: str) -> str:
@@ -123,7 +97,7 @@ TENSORFLOW = Naming(
         Row(r"synthesis/b(\d+)/(\w+)/affine/bias", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_bias", PLUS_ONE),
         Row(r"synthesis/b(\d+)/(\w+)/(\w+)", lambda r, k, part: f"{_tensorflow_layer(r, k)}/{part}", SAME),
     ),
-    ignored=("lod",),  # how far progressive growing had come, which StyleGAN2 does not use
+    ignored="lod",  # how far progressive growing had come, which StyleGAN2 does not use
 )
 
 
@@ -253,41 +227,25 @@ def _channel_rule(channels: Mapping[int, int], settings: Mapping[str, Any]) -> d
 # --- there and back ---
 
 
-def _as_float(array: np.ndarray, name: str) -> np.ndarray:
-    if array.dtype == np.float64:
-        array = array.astype(np.float32)
-    if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
-        raise UserError(f"{name} in the file is of the type {array.dtype}, not of floating-point numbers")
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} in the file holds values that are not finite: damaged, or the training had diverged")
-    return array
-
-
 def to_ours(naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Config) -> dict[str, np.ndarray]:
     """Our parameters, by our flat names, out of a file's arrays; views of the file where that can be.
 
     Raises:
       UserError: arrays are missing, unexpected or of another shape (all listed), or hold what weights cannot.
     """
-    shapes = checkpoints.parameter_shapes(config)
-    try:
-        rows = {path: naming.find(path) for path in shapes}
-    except KeyError as error:
-        raise UserError(f"files with these names cannot hold {error.args[0]}, which the config asks for") from None
     filters = naming.filters(config)
-    # The shapes in their layout, again through a view of one number.
-    zero = np.float32(0)
-    expected = {
-        name: layout.theirs(np.broadcast_to(zero, shapes[path])).shape for path, (name, layout) in rows.items()
-    } | dict.fromkeys(filters, (4, 4))
-    found = {name: tuple(array.shape) for name, array in stored.items()}
-    if wrong := checkpoints.differences(found, expected, naming.ignored):
-        size = f"{config.img_resolution} px, {config.channel_base}/{config.channel_max} channels"
-        raise UserError(f"the file is not a StyleGAN2 generator as expected ({size}): {wrong}")
+    params = tables.to_ours(
+        naming.rows,
+        stored,
+        checkpoints.parameter_shapes(config),
+        f"StyleGAN2 generator ({config.img_resolution} px, {config.channel_base}/{config.channel_max} channels)",
+        constants=dict.fromkeys(filters, (4, 4)),
+        ignored=naming.ignored,
+    )
     for name, total in filters.items():
         if not np.allclose(stored[name].array().astype(np.float32), resample_filter(total), rtol=0, atol=1e-4):
             raise UserError(f"{name} is not the filter [1, 3, 3, 1], the only one that samjax's StyleGAN2 has")
-    return {path: layout.ours(_as_float(stored[name].array(), name)) for path, (name, layout) in rows.items()}
+    return params
 
 
 def to_theirs(naming: Naming, params: Mapping[str, Any], config: StyleGAN2Config) -> dict[str, np.ndarray]:

@@ -1,0 +1,88 @@
+"""What the recognition networks share: convolutions, normalisation and residual blocks as PyTorch has them.
+
+Layers are Flax's own; what is here gives them PyTorch's conventions (explicit padding, momenta, epsilons) and adds
+what Flax lacks. Arrays are NHWC. Variables are {"params": …, "batch_stats": …}, the second being what training has
+seen of each channel's mean and variance.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Variables = Mapping[str, Any]
+"""{"params": {...}, "batch_stats": {...}}, nested dictionaries of float32 arrays."""
+
+
+def conv(features: int, kernel: int = 3, stride: int = 1, *, dilation: int = 1, bias: bool = False,
+         name: str | None = None) -> nn.Conv:  # fmt: skip
+    """A convolution padded with zeros by `dilation * (kernel // 2)`, so that stride 1 keeps the size."""
+    pad = dilation * (kernel // 2)
+    return nn.Conv(
+        features, (kernel, kernel), (stride, stride), padding=((pad, pad), (pad, pad)),
+        kernel_dilation=(dilation, dilation), use_bias=bias, kernel_init=nn.initializers.he_normal(), name=name,
+    )  # fmt: skip
+
+
+batch_norm: Callable[..., nn.BatchNorm] = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+"""Batch normalisation with PyTorch's epsilon and momentum (which PyTorch counts the other way round: 0.1)."""
+
+
+def max_pool(x: Array) -> Array:
+    """Maximum of 3x3 windows two apart, padded by one; [N, H, W, C] to [N, (H + 1) // 2, (W + 1) // 2, C]."""
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+def _interpolation(size: int, to: int) -> np.ndarray:
+    """Weights [to, size] of linear interpolation between `size` points whose first and last stay where they are."""
+    at = np.arange(to) * ((size - 1) / (to - 1)) if to > 1 else np.zeros(1)
+    low = np.minimum(at.astype(int), max(size - 2, 0))
+    weights = np.zeros((to, size), np.float32)
+    weights[np.arange(to), low] = 1 - (at - low)
+    weights[np.arange(to), np.minimum(low + 1, size - 1)] += at - low
+    return weights
+
+
+def resize_aligned(x: Array, size: tuple[int, int]) -> Array:
+    """Bilinear with the corner pixels on each other (PyTorch's `align_corners=True`); [N, H, W, C] to [N, *size, C]."""
+    if x.shape[1:3] == size:
+        return x
+    rows, columns = (jnp.asarray(_interpolation(x.shape[i + 1], size[i])) for i in (0, 1))
+    return jnp.einsum("yh,nhwc,xw->nyxc", rows, x, columns)
+
+
+class Bottleneck(nn.Module):
+    """Residual block 1x1, 3x3, 1x1 of ResNet-50 and deeper (He et al., CVPR 2016, figure 5 right).
+
+    Attributes:
+      features: of the inner convolutions; the block puts out four times as many.
+      stride, dilation: of the 3x3 convolution, as torchvision has it.
+      project: whether the shortcut is a convolution too (the first block of a stage).
+      train: whether statistics are the batch's own, and remembered, rather than the remembered ones.
+      stride_first: gives the stride to the first 1x1 convolution, as Caffe and Detectron2 do.
+    """
+
+    features: int
+    stride: int = 1
+    dilation: int = 1
+    project: bool = False
+    train: bool = False
+    stride_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = functools.partial(batch_norm, use_running_average=not self.train)
+        first, second = (self.stride, 1) if self.stride_first else (1, self.stride)
+        y = nn.relu(norm(name="bn1")(conv(self.features, 1, first, name="conv1")(x)))
+        y = conv(self.features, 3, second, dilation=self.dilation, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y))
+        y = norm(name="bn3")(conv(4 * self.features, 1, name="conv3")(y))
+        if self.project:
+            x = norm(name="downsample_bn")(conv(4 * self.features, 1, self.stride, name="downsample_conv")(x))
+        return nn.relu(x + y)
