@@ -171,12 +171,12 @@ def convert(source: str | Path, out_dir: str | Path) -> Converted:
       What was written.
 
     Raises:
-      UserError: as `read`, and as `samjax.io.checkpoints.save_generator`.
+      UserError: as `read`, and as `samjax.io.checkpoints.save_network`.
     """
     if not (Path(out_dir) / checkpoints.MANIFEST).is_file():
         checkpoints.check_writable(out_dir, {})  # before the work; whose an older generator is shows only after it
     found = read(source)
-    checkpoints.save_generator(out_dir, found.config, checkpoints.unflatten(found.params), found.manifest)
+    checkpoints.save_network(out_dir, found.config, checkpoints.unflatten(found.params), found.manifest)
     return found
 
 

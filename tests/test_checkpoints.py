@@ -28,7 +28,7 @@ PARAMS = checkpoints.unflatten(random_params(TINY))
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "generator"
-    checkpoints.save_generator(folder, TINY, PARAMS, SOURCE)
+    checkpoints.save_network(folder, TINY, PARAMS, SOURCE)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_a_folder_comes_back(saved):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_stays_so_on_disk_and_is_float32_in_memory(dtype, tmp_path):
     half = jax.tree.map(lambda array: array.astype(dtype), PARAMS)
-    checkpoints.save_generator(tmp_path / "g", TINY, half, {})
+    checkpoints.save_network(tmp_path / "g", TINY, half, {})
     config, params, manifest = checkpoints.load_generator(tmp_path / "g")
     assert config == TINY
     assert manifest["arrays"]["mapping/w_avg"]["dtype"] == np.dtype(dtype).name
@@ -83,14 +83,14 @@ def test_a_safetensors_file_comes_back(dtype, tmp_path):
 
 
 def test_jax_arrays_can_be_saved(tmp_path):
-    checkpoints.save_generator(tmp_path / "g", TINY, jax.tree.map(jnp.asarray, PARAMS), {})
+    checkpoints.save_network(tmp_path / "g", TINY, jax.tree.map(jnp.asarray, PARAMS), {})
     assert_same(checkpoints.load_generator(str(tmp_path / "g")).params, PARAMS)
 
 
 def test_wrong_parameters_are_not_saved(tmp_path):
     flat = random_params(TINY)
     flat["mapping/fc9/weight"] = flat.pop("mapping/fc0/weight")
-    for save in (checkpoints.save_safetensors, lambda *given: checkpoints.save_generator(*given, {})):
+    for save in (checkpoints.save_safetensors, lambda *given: checkpoints.save_network(*given, {})):
         with pytest.raises(ValueError, match=r"1 missing: mapping/fc0/weight; 1 unexpected: mapping/fc9/weight"):
             save(tmp_path / "g", TINY, checkpoints.unflatten(flat))
     big = checkpoints.unflatten(random_params(TINY) | {"mapping/w_avg": np.full(TINY.w_dim, 1e6, np.float32)})
@@ -103,10 +103,10 @@ def test_wrong_parameters_are_not_saved(tmp_path):
 def test_what_may_be_replaced(source, saved, copied):
     if source == {}:
         with pytest.raises(UserError, match=r"holds the generator of g\.pkl"):
-            checkpoints.save_generator(copied, TINY, PARAMS, source)
+            checkpoints.save_network(copied, TINY, PARAMS, source)
         return
     other = jax.tree.map(lambda array: array + np.float32(1), PARAMS)
-    checkpoints.save_generator(copied, TINY, other, source)
+    checkpoints.save_network(copied, TINY, other, source)
     assert_same(checkpoints.load_generator(copied).params, other)
     assert [path.name for path in copied.parent.iterdir()] == ["generator"]
 
@@ -114,7 +114,7 @@ def test_what_may_be_replaced(source, saved, copied):
 def test_a_link_to_a_folder_stays_a_link(copied):
     link = copied.parent / "link"
     link.symlink_to(copied)
-    checkpoints.save_generator(link, TINY, PARAMS, SOURCE)
+    checkpoints.save_network(link, TINY, PARAMS, SOURCE)
     assert link.is_symlink()
     assert_same(checkpoints.load_generator(link).params, PARAMS)
 
@@ -154,7 +154,7 @@ def test_damaged_folders_never_load_as_something_else(how, copied):
 
 def test_weights_that_are_not_those_of_the_manifest_are_found(copied, tmp_path):
     other = jax.tree.map(lambda array: array + np.float32(1), PARAMS)
-    checkpoints.save_generator(tmp_path / "other", TINY, other, {})
+    checkpoints.save_network(tmp_path / "other", TINY, other, {})
     shutil.rmtree(copied / "params")
     shutil.copytree(tmp_path / "other" / "params", copied / "params")
     with pytest.raises(UserError, match=r"is damaged .*convert the generator again"):

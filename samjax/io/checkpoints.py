@@ -1,8 +1,8 @@
-"""Generators on disk: the only module that knows Orbax and safetensors.
+"""Networks on disk: the only module that knows Orbax and safetensors.
 
-A converted generator is a folder of an Orbax checkpoint (`params/`) and `manifest.json`, which says in plain words
+A converted network is a folder of an Orbax checkpoint (`params/`) and `manifest.json`, which says in plain words
 what it is: where it came from, its config, every array with its shape and type, every file with its checksum. The
-generator inside the package is one safetensors file with the same names and its config in the file's metadata.
+networks inside the package are safetensors files with the same names and the config in the file's metadata.
 
 Half precision on disk stays so; in memory every parameter is float32.
 """
@@ -13,11 +13,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import secrets
 import shutil
+import typing
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +37,36 @@ from samjax.nets.stylegan2 import Params, StyleGAN2Config
 
 MANIFEST = "manifest.json"
 _PARAMS = "params"
-_FORMAT = "samjax generator 1"
 _DTYPES = ("float32", "float16", "bfloat16")
 _MAX_LISTED = 1000  # names in one message; no generator has as many
 _MAX_SIZE = 2**24  # of any entry of a config
+_MAX_ENTRIES = 64  # of a list in a config, or letters of a word
+
+
+class Kind(NamedTuple):
+    """A kind of network.
+
+    Attributes:
+      what: for messages. config: type of its config, which no other kind has. init: `init(config, key=key)` gives its
+      variables.
+    """
+
+    what: str
+    config: type
+    init: Callable[..., Any]
+
+
+NETWORKS: Mapping[str, Kind] = {
+    "generator": Kind("generator", StyleGAN2Config, stylegan2.init),
+}
+
+
+class LoadedNetwork(NamedTuple):
+    """A network as its functions take it: config, nested dictionary of float32 arrays, and what its origin is."""
+
+    config: Any
+    variables: Mapping[str, Any]
+    manifest: dict[str, Any]
 
 
 class LoadedGenerator(NamedTuple):
@@ -81,14 +109,23 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
+def kind_of(config: Any) -> tuple[str, Kind]:
+    """The entry of `NETWORKS` that `config` belongs to. Raises ValueError if it is the config of no network."""
+    for name, kind in NETWORKS.items():
+        if type(config) is kind.config:
+            return name, kind
+    raise ValueError(f"{type(config).__name__} is the config of no network")
+
+
 @functools.lru_cache(maxsize=8)
-def _parameter_shapes(config: StyleGAN2Config) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    tree = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
+def _parameter_shapes(config: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    _, kind = kind_of(config)
+    tree = jax.eval_shape(lambda: kind.init(config, key=jax.random.key(0)))
     return tuple((path, tuple(leaf.shape)) for path, leaf in flatten(tree).items())
 
 
-def parameter_shapes(config: StyleGAN2Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a generator, traced from the network itself; nothing is computed."""
+def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array of a network, traced from the network itself; nothing is computed."""
     return dict(_parameter_shapes(config))
 
 
@@ -123,32 +160,57 @@ def differences(
     return "; ".join(parts)
 
 
-def config_to_dict(config: StyleGAN2Config) -> dict[str, Any]:
+def config_to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def config_from_dict(values: Any, where: str) -> StyleGAN2Config:
+def config_from_dict(values: Any, where: str, network: str = "generator") -> Any:
     """The config that `values` describe; `where` names them in messages.
 
+    Args:
+      values: as `config_to_dict` gives them, perhaps by way of JSON; what is left out takes its default.
+      where: for messages.
+      network: a key of `NETWORKS`.
+
     Raises:
-      UserError: a field is unknown, or is not a size that a generator can have.
+      UserError: a field is unknown, or is not what such a network can have.
     """
-    fields = {field.name for field in dataclasses.fields(StyleGAN2Config)}
-    if not isinstance(values, Mapping) or not set(values) <= fields:
-        raise UserError(f"{where} has no config of a StyleGAN2 generator: damaged, or of another program?")
+    what, kind, _ = NETWORKS[network]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping) or not set(values) <= set(fields):
+        raise UserError(f"{where} has no config of a {what}: damaged, or of another program?")
+    taken = {}
     for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "conv_clamp":
-            good = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0)
-        else:
-            good = whole and (0 if name == "c_dim" else 1) <= value <= _MAX_SIZE
-        if not good:
-            raise UserError(f"{where}: {name} is {str(value)[:40]!r}, which no StyleGAN2 generator can have")
-    clamp = values.get("conv_clamp")
+        # A setting that is 0 or empty by default may be so; any other has to be something.
+        default = fields[name].default
+        low = 0 if isinstance(default, int) and default == 0 else 1
+        try:
+            taken[name] = _setting(typing.get_type_hints(kind)[name], value, low)
+        except TypeError:
+            raise UserError(f"{where}: {name} is {str(value)[:40]!r}, which no {what} can have") from None
     try:
-        return StyleGAN2Config(**{**values, "conv_clamp": None if clamp is None else float(clamp)})
+        return kind(**taken)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _setting(hint: Any, value: Any, low: int) -> Any:
+    """`value` as a field of the type `hint`; TypeError if it is none. Whole numbers are at least `low`."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and 0 < len(value) <= _MAX_ENTRIES:
+            return tuple(_setting(arguments[0], entry, low) for entry in value)
+    elif type(None) in arguments:
+        return None if value is None else _setting(arguments[0], value, low)
+    elif hint is int and type(value) is int and low <= value <= _MAX_SIZE:
+        return value
+    elif hint is float and type(value) in (int, float) and 0 < value < math.inf:
+        return float(value)
+    elif hint is str and isinstance(value, str) and 0 < len(value) <= _MAX_ENTRIES:
+        return value
+    elif hint is bool and isinstance(value, bool):
+        return value
+    raise TypeError
 
 
 # --- folders ---
@@ -172,37 +234,45 @@ def _checksums(folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def _check_shapes(config: StyleGAN2Config, flat: Mapping[str, Any], where: str) -> None:
+def _check_shapes(config: Any, flat: Mapping[str, Any], where: str) -> None:
     found = {name: tuple(np.shape(array)) for name, array in flat.items()}
     if wrong := differences(found, parameter_shapes(config)):
-        raise UserError(f"{where} does not hold the generator that its config describes: {wrong}")
+        raise UserError(f"{where} does not hold the {kind_of(config)[1].what} that its config describes: {wrong}")
 
 
-def _is_ours(folder: Path) -> bool:
+def _format(network: str) -> str:
+    return f"samjax {network} 1"
+
+
+_FORMATS = {_format(name): kind.what for name, kind in NETWORKS.items()}
+
+
+def kind_at(folder: str | Path) -> str | None:
+    """What the converted network in `folder` is, as `Kind.what` has it; None if there is none."""
     try:
-        return json.loads((folder / MANIFEST).read_text("utf-8")).get("format") == _FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
+        return _FORMATS.get(json.loads((Path(folder) / MANIFEST).read_text("utf-8")).get("format"))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
 
 
 def check_writable(path: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Says early whether `save_generator` may write to `path`.
+    """Says early whether `save_network` may write to `path`.
 
     Raises:
-      UserError: there is a file, a folder of something else, or the generator of another source.
+      UserError: there is a file, a folder of something else, or the network of another source.
     """
     folder = Path(path)
     try:
         if folder.is_dir():
             if not any(folder.iterdir()):
                 return
-            if not _is_ours(folder):
-                raise UserError(f"{folder} is not empty and not a converted generator: choose another folder")
+            if (what := kind_at(folder)) is None:
+                raise UserError(f"{folder} is not empty and not a converted network: choose another folder")
             old = json.loads((folder / MANIFEST).read_text("utf-8")).get("source")
             if _origin(old) & _origin(manifest.get("source")) or old == manifest.get("source"):
                 return
             name = old.get("file") if isinstance(old, Mapping) else old
-            raise UserError(f"{folder} holds the generator of {name}: choose another folder, or delete that one")
+            raise UserError(f"{folder} holds the {what} of {name}: choose another folder, or delete that one")
         if folder.exists() or folder.is_symlink():
             raise UserError(f"{folder} is a file: choose the name of a folder")
     except OSError as error:
@@ -239,24 +309,26 @@ def _whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_generator(path: str | Path, config: StyleGAN2Config, params: Params, manifest: Mapping[str, Any]) -> None:
-    """Writes a generator as an Orbax folder with its manifest; it appears whole, or not at all.
+def save_network(path: str | Path, config: Any, variables: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Writes a network as an Orbax folder with its manifest; it appears whole, or not at all.
 
-    A folder that holds the generator of the same source is replaced; anything else at `path` is left alone.
+    A folder that holds the network of the same source is replaced; anything else at `path` is left alone.
 
     Args:
       path: of the folder.
-      config: the generator's sizes.
-      params: nested dictionary of arrays: float32, or float16 or bfloat16, which halve the size on disk.
-      manifest: what to say of the generator's origin, for JSON; `source` decides what may be replaced.
+      config: the network's; its type says which network it is.
+      variables: nested dictionary of arrays (a generator's parameters, the variables of others): float32, or float16
+        or bfloat16, which halve the size on disk.
+      manifest: what to say of the network's origin, for JSON; `source` decides what may be replaced.
 
     Raises:
       UserError: there is something else at `path`, or it cannot be written.
-      ValueError: `params` are not those of `config`.
+      ValueError: `variables` are not those of `config`.
     """
     import orbax.checkpoint as ocp
 
-    folder, flat = Path(path), flatten(params)
+    folder, flat = Path(path), flatten(variables)
+    network, _ = kind_of(config)
     found = {name: tuple(np.shape(array)) for name, array in flat.items()}
     if wrong := differences(found, parameter_shapes(config)):
         raise ValueError(f"the parameters are not those of the config: {wrong}")
@@ -265,7 +337,7 @@ def save_generator(path: str | Path, config: StyleGAN2Config, params: Params, ma
     described = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in flat.items()}
     if odd := [name for name, array in described.items() if array["dtype"] not in _DTYPES]:
         raise ValueError(f"parameters must be float32, float16 or bfloat16; these are not: {compact(odd)}")
-    whole = {"format": _FORMAT, **manifest, "config": config_to_dict(config), "arrays": described}
+    whole = {"format": _format(network), **manifest, "config": config_to_dict(config), "arrays": described}
     try:
         with _whole_folder(folder) as beside:
             # Weights hardly compress, and compressing them doubles the memory that writing takes.
@@ -298,30 +370,33 @@ def _restore(folder: Path, dtypes: Mapping[str, str]) -> dict[str, np.ndarray]:
         return flatten(checkpointer.restore((folder / _PARAMS).absolute(), args=restore))
 
 
-def _load_folder(folder: Path) -> LoadedGenerator:
+def _load_folder(folder: Path, network: str) -> LoadedNetwork:
+    what = NETWORKS[network].what
     try:
         text = (folder / MANIFEST).read_text("utf-8")
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is not a converted generator (it has no {MANIFEST}): make one with python -m ckpt_convert"
+            f"{folder} is not a converted {what} (it has no {MANIFEST}): make one with python -m ckpt_convert"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {folder / MANIFEST}: {error}") from error
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError):
-        raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise UserError(f"{folder} is not a generator converted by this version: convert it again")
-    config = config_from_dict(manifest.get("config"), str(folder / MANIFEST))
+        raise UserError(f"{folder / MANIFEST} is damaged: convert the {what} again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != _format(network):
+        if other := kind_at(folder):
+            raise UserError(f"{folder} holds another network ({other}), where a {what} is expected")
+        raise UserError(f"{folder} is not a {what} converted by this version: convert it again")
+    config = config_from_dict(manifest.get("config"), str(folder / MANIFEST), network)
     arrays = manifest.get("arrays")
     if not isinstance(arrays, dict) or not all(
         isinstance(array, dict) and isinstance(array.get("shape"), list) and array.get("dtype") in _DTYPES
         for array in arrays.values()
     ):
-        raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again")
+        raise UserError(f"{folder / MANIFEST} is damaged: convert the {what} again")
     if wrong := differences({name: tuple(array["shape"]) for name, array in arrays.items()}, parameter_shapes(config)):
-        raise UserError(f"{folder} does not hold the generator that its config describes: {wrong}")
+        raise UserError(f"{folder} does not hold the {what} that its config describes: {wrong}")
     # Before the libraries below see the files: what they make of damaged ones is neither quiet nor quick.
     listed = manifest.get("files")
     try:
@@ -329,19 +404,19 @@ def _load_folder(folder: Path) -> LoadedGenerator:
     except OSError as error:
         raise UserError(f"cannot read {folder / _PARAMS}: {error.strerror or error}") from error
     if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{folder / MANIFEST} is damaged: convert the generator again")
+        raise UserError(f"{folder / MANIFEST} is damaged: convert the {what} again")
     if damaged := [name for name in listed if found.get(name) != listed[name]]:
-        raise UserError(f"{folder / _PARAMS} is damaged ({compact(damaged)}): convert the generator again")
+        raise UserError(f"{folder / _PARAMS} is damaged ({compact(damaged)}): convert the {what} again")
     try:
         flat = _restore(folder, {name: array["dtype"] for name, array in arrays.items()})
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
-        raise UserError(f"{folder / _PARAMS} cannot be read ({reason}): convert the generator again") from error
+        raise UserError(f"{folder / _PARAMS} cannot be read ({reason}): convert the {what} again") from error
     _check_shapes(config, flat, str(folder))
-    return LoadedGenerator(config, _on_device(flat), manifest)
+    return LoadedNetwork(config, _on_device(flat), manifest)
 
 
-def _on_device(flat: Mapping[str, np.ndarray]) -> Params:
+def _on_device(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return unflatten({name: jnp.asarray(array, jnp.float32) for name, array in flat.items()})
 
 
@@ -385,62 +460,75 @@ def parse_metadata(text: str | None, where: str) -> Any:
 
 def save_safetensors(
     path: str | Path,
-    config: StyleGAN2Config,
-    params: Params,
+    config: Any,
+    variables: Mapping[str, Any],
     dtype: DTypeLike = np.float32,
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a generator as one safetensors file under our own names, its config in the metadata.
+    """Writes a network as one safetensors file under our own names, its config in the metadata.
 
     Args:
       path: of the file, which is replaced if it exists.
-      config: the generator's sizes.
-      params: nested dictionary of arrays.
+      config: the network's; its type says which network it is.
+      variables: nested dictionary of arrays.
       dtype: float32, or float16 for half the size.
-      manifest: what to say of the generator's origin, for JSON.
+      manifest: what to say of the network's origin, for JSON.
 
     Raises:
       UserError: the file cannot be written.
-      ValueError: `params` are not those of `config`, or some leave the range of `dtype`.
+      ValueError: `variables` are not those of `config`, or some leave the range of `dtype`.
     """
+    network, _ = kind_of(config)
     with np.errstate(over="ignore"):  # what leaves the range is named below
-        flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(params).items()}
+        flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(variables).items()}
     found = {name: array.shape for name, array in flat.items()}
     if wrong := differences(found, parameter_shapes(config)):
         raise ValueError(f"the parameters are not those of the config: {wrong}")
     if infinite := [name for name, array in flat.items() if not np.isfinite(array).all()]:
         raise ValueError(f"not finite as {np.dtype(dtype)}: {compact(infinite)}")
-    metadata = {"format": _FORMAT, "config": json.dumps(config_to_dict(config)), "manifest": json.dumps(manifest or {})}
-    write_safetensors(path, flat, metadata)
+    settings, origin = json.dumps(config_to_dict(config)), json.dumps(manifest or {})
+    write_safetensors(path, flat, {"format": _format(network), "config": settings, "manifest": origin})
 
 
-def _load_safetensors(path: Path) -> LoadedGenerator:
+def _load_safetensors(path: Path, network: str) -> LoadedNetwork:
     flat, metadata = read_safetensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise UserError(f"{path} is not a generator of ours: convert it first, python -m ckpt_convert {path} OUT_DIR")
-    config = config_from_dict(parse_metadata(metadata.get("config"), str(path)), str(path))
+    if metadata.get("format") != _format(network):
+        what, other = NETWORKS[network].what, _FORMATS.get(metadata.get("format", ""))
+        if other:
+            raise UserError(f"{path} holds another network ({other}), where a {what} is expected")
+        raise UserError(f"{path} is not a {what} of ours: convert it first, python -m ckpt_convert {path} OUT_DIR")
+    config = config_from_dict(parse_metadata(metadata.get("config"), str(path)), str(path), network)
     _check_shapes(config, flat, str(path))
     if odd := [name for name, array in flat.items() if str(array.dtype) not in _DTYPES]:
         raise UserError(f"{path} holds arrays that are not of floating-point numbers: {compact(odd)}")
     manifest = parse_metadata(metadata.get("manifest"), str(path))
-    return LoadedGenerator(config, _on_device(flat), manifest if isinstance(manifest, dict) else {})
+    return LoadedNetwork(config, _on_device(flat), manifest if isinstance(manifest, dict) else {})
 
 
-def load_generator(path: str | Path) -> LoadedGenerator:
-    """Reads a generator.
+# --- both ---
+
+
+def load_network(path: str | Path, network: str) -> LoadedNetwork:
+    """Reads a network.
 
     Args:
-      path: a folder written by `save_generator` (which `python -m ckpt_convert` uses), or a file by `save_safetensors`.
+      path: a folder written by `save_network` (which `python -m ckpt_convert` uses), or a file by `save_safetensors`.
+      network: which one is expected, a key of `NETWORKS`.
 
     Returns:
-      Config, float32 parameters on the default device, and the manifest.
+      Config, float32 arrays on the default device, and the manifest.
 
     Raises:
       UserError: it is missing, damaged, not whole, or something else.
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, network)
     if path.suffix in (".pkl", ".pt", ".pth", ".ckpt"):
         raise UserError(f"{path} is not converted yet: python -m ckpt_convert {path} OUT_DIR, then give OUT_DIR")
-    return _load_safetensors(path)
+    return _load_safetensors(path, network)
+
+
+def load_generator(path: str | Path) -> LoadedGenerator:
+    """`load_network`, for a generator."""
+    return LoadedGenerator(*load_network(path, "generator"))

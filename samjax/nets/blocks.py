@@ -36,7 +36,7 @@ batch_norm: Callable[..., nn.BatchNorm] = functools.partial(nn.BatchNorm, moment
 
 def max_pool(x: Array) -> Array:
     """Maximum of 3x3 windows two apart, padded by one; [N, H, W, C] to [N, (H + 1) // 2, (W + 1) // 2, C]."""
-    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # type: ignore[arg-type]
 
 
 def _interpolation(size: int, to: int) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""The invertibility predictor in the authors' files: their names, and the config that the shapes tell.
+
+A published file is a dictionary of state dicts: `sd_base`, and one for each latent layer by its name. Here their arrays
+are in one dictionary, as `sd_base.backbone.conv1.weight` and `W+.m.0.weight`; no key of the file has a dot, so that
+the first dot divides a name again. The authors' training writes the same state dicts as a file each: see `of_epoch`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckpt_convert import tables
+from ckpt_convert.formats.arrays import Stored
+from ckpt_convert.tables import RESNET, Layout, Network, Row, torch_rows
+from samjax.config import LATENT_NAMES
+from samjax.errors import UserError
+from samjax.nets.deeplab import PredictorConfig
+
+_BASE = "sd_base"
+_MAX_SIZE = 2**16  # of any entry of a config
+_EPOCH_FILE = re.compile(r"(\d+)_(?:main|head_(.+))\.pt")
+_EPOCH_FILES = "NNN_main.pt and NNN_head_W+.pt, NNN_head_F4.pt, … of one epoch"
+
+TURNED_DECONV = Layout(  # [I, O, k, k] in torch; with stride 1, the convolution of the kernel turned by 180 degrees
+    lambda a: a.transpose(2, 3, 0, 1)[::-1, ::-1], lambda a: a[::-1, ::-1].transpose(2, 3, 0, 1)
+)
+
+_BASE_MODULES = (
+    (r"aspp/aspp(\d)_conv", "aspp.aspp{}.atrous_conv"),
+    (r"aspp/aspp(\d)_bn", "aspp.aspp{}.bn"),
+    ("aspp/pool_conv", "aspp.global_avg_pool.1"),
+    ("aspp/pool_bn", "aspp.global_avg_pool.2"),
+    ("decoder/conv2", "decoder.last_conv.0"),
+    ("decoder/bn2", "decoder.last_conv.1"),
+    ("decoder/conv3", "decoder.last_conv.4"),
+    ("decoder/bn3", "decoder.last_conv.5"),
+    ("decoder/conv4", "decoder.last_conv.8"),
+    *RESNET,
+)
+
+ROWS = (
+    Row(r"params/head_([^/]+)/conv1/kernel", "{}.m.0.weight".format, TURNED_DECONV),
+    Row(r"params/head_([^/]+)/conv2/kernel", "{}.m.3.weight".format, TURNED_DECONV),
+    *torch_rows(
+        (r"head_([^/]+)/conv1", "{}.m.0"),
+        (r"head_([^/]+)/bn1", "{}.m.1"),
+        (r"head_([^/]+)/conv2", "{}.m.3"),
+        *((f"base/{ours}", f"{_BASE}.{theirs}") for ours, theirs in _BASE_MODULES),
+    ),
+)
+
+
+def of_epoch(files: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The files that the authors' training writes after an epoch, as the one dictionary of a published file.
+
+    What is inside of a head's file does not say whose head it is; its name does.
+
+    Args:
+      files: what each holds, by file name without folders: "099_main.pt", "099_head_W+.pt", ...
+
+    Returns:
+      For `find`; None if some file has another name.
+
+    Raises:
+      UserError: they are of several epochs, or the base or all heads are missing.
+    """
+    matches = {name: _EPOCH_FILE.fullmatch(name) for name in files}
+    if not matches or None in matches.values():
+        return None
+    found = {match[2] or _BASE: files[name] for name, match in matches.items() if match}
+    epochs = {match[1] for match in matches.values() if match}
+    if len(epochs) > 1 or _BASE not in found or len(found) < 2:
+        raise UserError(f"{', '.join(sorted(files))} are not a whole predictor: give {_EPOCH_FILES}")
+    return found
+
+
+def find(objects: Sequence[Any]) -> dict[str, Stored] | None:
+    """The predictor's arrays in a published file, by the names above; see `tables.Network`."""
+    if not any(isinstance(found, dict) and _BASE in found for found in objects):
+        states = [tables.state_dict(found) or {} for found in objects]
+        if any("aspp.conv1.weight" in state or "m.0.weight" in state for state in states):
+            raise UserError(f"a part of an invertibility predictor: give {_EPOCH_FILES}, with these names")
+        return None
+    if len(objects) != 1:
+        raise UserError(f"a file with {_BASE} is an invertibility predictor of its own: give it alone")
+    names = [name for name in objects[0] if name != _BASE]
+    if not names or not set(names) <= set(LATENT_NAMES):
+        listed = ", ".join(str(name)[:40] for name in names[:8]) or "none"
+        raise UserError(
+            f"an invertibility predictor has {_BASE} and heads for {', '.join(LATENT_NAMES)} or some of them;"
+            f" this file's heads: {listed}"
+        )
+    arrays: dict[str, Stored] = {}
+    for part, held in objects[0].items():
+        state = tables.state_dict(held)
+        if state is None:
+            raise UserError(f"{part} in the file is not a state dict (arrays by name): damaged, or saved otherwise?")
+        arrays |= {f"{part}.{name}": array for name, array in state.items()}
+    return arrays
+
+
+def config(arrays: Mapping[str, Stored]) -> PredictorConfig:
+    """The sizes of the predictor in a file, as `find` gives it.
+
+    Raises:
+      UserError: no predictor of any size has such arrays.
+    """
+
+    def size(name: str) -> int:
+        name = f"{_BASE}.{name}.weight"
+        shape = arrays[name].shape if name in arrays else ()
+        if len(shape) != 4 or not 1 <= shape[0] <= _MAX_SIZE:
+            what = f"has the shape {list(shape)}" if name in arrays else "is missing"
+            raise UserError(f"no invertibility predictor on a ResNet in the file: {name} {what}")
+        return shape[0]
+
+    def count(stage: int) -> int:
+        size(f"backbone.layer{stage}.0.conv1")
+        blocks = 1
+        while f"{_BASE}.backbone.layer{stage}.{blocks}.conv1.weight" in arrays:
+            blocks += 1
+        return blocks
+
+    heads = {name.partition(".")[0] for name in arrays}
+    try:
+        return PredictorConfig(
+            latent_names=tuple(name for name in LATENT_NAMES if name in heads),
+            features=size("decoder.last_conv.8"),
+            blocks=tuple(count(stage) for stage in (1, 2, 3, 4)),
+            width=size("backbone.conv1"),
+            decoder_width=size("aspp.conv1"),
+            low_level_width=size("decoder.conv1"),
+        )
+    except ValueError as error:
+        raise UserError(f"no invertibility predictor: {error}") from error
+
+
+NETWORK = Network(
+    name="invertibility",
+    format="invertibility predictor of SAM's authors (DeepLabV3+)",
+    licence=(
+        "the file states none: predictors that SAM's authors published are under the Adobe Research License, for"
+        " non-commercial research use; one of your own training is under the terms you set"
+    ),
+    rows=ROWS,
+    find=find,
+    config=config,
+)
