@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckpt_convert import stylegan2 as tables
+from ckpt_convert import ade20k, bisenet, deeplab, e4e, mask_rcnn, tables
+from ckpt_convert import stylegan2 as stylegan2_tables
 from ckpt_convert.formats import arrays, nvidia, rosinality, safetensors, tensorflow, torch_file
 from ckpt_convert.formats.arrays import Checkpoint, Loaded, Stored, View
 from samjax.errors import UserError
@@ -21,6 +22,10 @@ from samjax.nets import stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 Names = Literal["nvidia", "rosinality"]
+Sources = str | Path | Sequence[str | Path]
+
+RECOGNITION = (e4e.NETWORK, deeplab.NETWORK, ade20k.NETWORK, bisenet.NETWORK, mask_rcnn.NETWORK)
+"""Networks that look at images, beside the generator that makes them."""
 
 _NVIDIA_LICENCE = (
     "networks that NVIDIA published are under its source code licence, for non-commercial use; a network of your own"
@@ -49,50 +54,69 @@ _OTHERS = {  # how other files begin, and what they are
 
 
 class Converted(NamedTuple):
-    """What `read` found: the config, parameters by our flat names, and what to say of them."""
+    """What `read` found: the config, whose type says which network, arrays by our flat names, and what to say of it."""
 
-    config: StyleGAN2Config
+    config: Any
     params: dict[str, np.ndarray]
     manifest: dict[str, Any]
+
+
+class Unpacked(NamedTuple):
+    """What a file holds, as plain Python; its arrays are views of the file."""
+
+    kind: Literal["torch", "safetensors", "pickle"]
+    held: Any
 
 
 # --- reading ---
 
 
-def detect(data: memoryview) -> Checkpoint:
-    """The generator in a file, whose format its first bytes tell.
+def unpack(data: memoryview) -> Unpacked:
+    """What a file holds, whose format its first bytes tell.
 
     Raises:
-      UserError: it is no file of a known format, or holds no generator that samjax has.
+      UserError: it is no file of a known format, is damaged, or names what is not on the allow list.
     """
     if data[:2] == b"PK" or data[: len(torch_file.LEGACY_START)] == torch_file.LEGACY_START:
-        return rosinality.checkpoint(torch_file.read(data))
+        return Unpacked("torch", torch_file.read(data))
     if safetensors.looks_like(data):
-        return _safetensors(data)
+        return Unpacked("safetensors", safetensors.read(data))
     for start, what in _OTHERS.items():
         if data[: len(start)] == start:
             raise UserError(f"it is {what}, not a checkpoint")
-    # Protocol 2 and above; NVIDIA's never used an older one.
+    # Protocol 2 and above; none of the programs used an older one.
     if data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        found = pickles.load(View(data), {**nvidia.names(), **tensorflow.names()}, encoding="latin1")
-        if isinstance(found, dict) and "G_ema" not in found and "G" not in found:
-            keys = ", ".join(str(key)[:40] for key in list(found)[:5])
-            raise UserError(f"the pickle holds no G_ema (it has {keys or 'nothing'}): not a checkpoint of a generator")
-        if isinstance(found, dict | nvidia.Module):
-            return nvidia.checkpoint(found)
-        return tensorflow.checkpoint(found)
+        allowed = {**nvidia.names(), **tensorflow.names()}
+        return Unpacked("pickle", pickles.load(View(data), allowed, encoding="latin1"))
     raise UserError(
-        "its format is unknown: samjax reads NVIDIA's .pkl (PyTorch and TensorFlow), rosinality's .pt,"
-        " and .safetensors that samjax exported"
+        "its format is unknown: samjax reads NVIDIA's .pkl (PyTorch and TensorFlow), .pt and .pth of torch.save,"
+        " Detectron2's .pkl, and .safetensors that samjax exported"
     )
 
 
-def _safetensors(data: memoryview) -> Checkpoint:
-    held, metadata = safetensors.read(data)
+def generator(file: Unpacked) -> Checkpoint:
+    """The generator in a file.
+
+    Raises:
+      UserError: it holds no generator that samjax has.
+    """
+    if file.kind == "torch":
+        return rosinality.checkpoint(file.held)
+    if file.kind == "safetensors":
+        return _safetensors(*file.held)
+    if isinstance(file.held, dict) and "G_ema" not in file.held and "G" not in file.held:
+        keys = ", ".join(str(key)[:40] for key in list(file.held)[:5])
+        raise UserError(f"the pickle holds no G_ema (it has {keys or 'nothing'}): not a checkpoint of a generator")
+    if isinstance(file.held, dict | nvidia.Module):
+        return nvidia.checkpoint(file.held)
+    return tensorflow.checkpoint(file.held)
+
+
+def _safetensors(held: Mapping[str, Stored], metadata: Mapping[str, str]) -> Checkpoint:
     # Files that are not ours of any kind may still have names that are known.
-    known = (key for key, table in tables.NAMINGS.items() if table.find("synthesis/b4/const")[0] in held)
+    known = (key for key, table in stylegan2_tables.NAMINGS.items() if table.find("synthesis/b4/const")[0] in held)
     naming = metadata.get("names") or next(known, "")
-    if naming not in tables.NAMINGS:
+    if naming not in stylegan2_tables.NAMINGS:
         first = ", ".join(list(held)[:4])[:200]
         raise UserError(f"no StyleGAN2 generator in the file (it has {first or 'nothing'} …)")
     settings = checkpoints.parse_metadata(metadata.get("config"), "the file") or {}
@@ -102,46 +126,100 @@ def _safetensors(data: memoryview) -> Checkpoint:
     return Checkpoint(f"safetensors with the names of {naming}", naming, stored, settings)
 
 
-def read(source: str | Path) -> Converted:
-    """The generator in a file of any known format.
+def read(sources: Sources, network: str | None = None) -> Converted:
+    """The network in a file of any known format.
 
     Args:
-      source: path of an NVIDIA pickle (PyTorch or TensorFlow), of a torch file in rosinality's layout, or of a
-        safetensors file of ours.
+      sources: path of an NVIDIA pickle (PyTorch or TensorFlow), of a torch file in rosinality's layout, of a
+        safetensors file of ours, or of the weights of a recognition network (`RECOGNITION`); a
+        list of paths for one that its authors distribute in parts.
+      network: which one is wanted, a key of `samjax.io.checkpoints.NETWORKS`; None for what the file holds. An
+        encoder's checkpoint holds its generator too, and gives that unless "e4e" is asked for.
 
     Raises:
-      UserError: the file is missing, damaged or of something else; or it names what is not on the allow list.
+      UserError: a file is missing, damaged or of something else; or it names what is not on the allow list.
     """
-    path = Path(source)
-    data = arrays.map_file(path)
+    paths = [Path(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    mapped = [arrays.map_file(path) for path in paths]
     try:
-        found = detect(data)
-        naming, held, notes = tables.NAMINGS[found.naming], dict(found.arrays), list(found.notes)
-        estimate = found.naming == "rosinality" and "latent_avg" not in held
-        if estimate and "style.1.bias" in held:
-            # Checkpoints of rosinality's own training have none, and its programs estimate it as is done here.
-            held["latent_avg"] = Loaded(np.zeros(held["style.1.bias"].shape, np.float32))
-            notes.append("the file has no latent_avg: w_avg is the mean of 16,384 mapped samples")
-        config = tables.infer_config(naming, held, found.settings)
-        params = tables.to_ours(naming, held, config)
+        files = [unpack(data) for data in mapped]
+        found = _recognition(files, [path.name for path in paths], network)
+        config, params, notes, what, licence = found or _generator(files)
         for name, values in params.items():
             # One array at a time out of the file, whose pages are given back: at no time are there two whole copies.
             params[name] = np.array(values, order="C")
-            arrays.release(data)
+            for data in mapped:
+                arrays.release(data)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{_names(paths, str)}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Values of kinds and sizes that no program writes, and for which nothing above has words of its own.
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): fetch or copy it again") from error
-    if estimate:
+        raise UserError(
+            f"{_names(paths, str)}: damaged ({type(error).__name__}: {error}): fetch or copy it again"
+        ) from error
+    if isinstance(config, StyleGAN2Config) and "mapping/w_avg" not in params:
         params["mapping/w_avg"] = _mean_style(config, params)
     manifest = {
-        "source": {"file": path.name, "sha256": _sha256(path), "bytes": len(data)},
-        "source_format": found.format,
-        "licence": _LICENCES[found.naming],
+        "source": {
+            "file": _names(paths, lambda path: path.name),
+            "sha256": _names(paths, _sha256),
+            "bytes": sum(len(data) for data in mapped),
+        },
+        "source_format": what,
+        "licence": licence,
         "notes": notes,
     }
     return Converted(config, params, manifest)
+
+
+def _names(paths: Sequence[Path], of: Callable[[Path], str]) -> str:
+    return " + ".join(of(path) for path in paths)
+
+
+def _recognition(files: Sequence[Unpacked], names: Sequence[str], network: str | None) -> _Found | None:
+    """The recognition network in `files`, if it is what is wanted."""
+    held = [file.held for file in files]
+    if (whole := deeplab.of_epoch(dict(zip(names, held, strict=True)))) is not None:
+        held = [whole]
+    for table in RECOGNITION:
+        if (network is None and table is e4e.NETWORK) or network not in (None, table.name):
+            continue
+        stored = table.find(held)
+        if stored is not None:
+            config, what = table.config(stored), checkpoints.NETWORKS[table.name].what
+            shapes = checkpoints.parameter_shapes(config)
+            params = tables.to_ours(table.rows, stored, shapes, what, ignored=table.ignored)
+            return _Found(config, params, [], table.format, table.licence)
+    if network in (None, "generator"):
+        return None
+    raise UserError(f"no {checkpoints.NETWORKS[network].what} in the file")
+
+
+class _Found(NamedTuple):
+    config: Any
+    params: dict[str, np.ndarray]
+    notes: list[str]
+    format: str
+    licence: str
+
+
+def _generator(files: Sequence[Unpacked]) -> _Found:
+    if len(files) > 1:
+        raise UserError("files that do not belong together: a generator lies in one")
+    found = generator(files[0])
+    naming, held, notes = stylegan2_tables.NAMINGS[found.naming], dict(found.arrays), list(found.notes)
+    if found.format.startswith("decoder"):
+        notes.append("the file holds an encoder too: --network e4e converts it, where it is e4e's")
+    estimate = found.naming == "rosinality" and "latent_avg" not in held
+    if estimate and "style.1.bias" in held:
+        # Checkpoints of rosinality's own training have none, and its programs estimate it as is done here.
+        held["latent_avg"] = Loaded(np.zeros(held["style.1.bias"].shape, np.float32))
+        notes.append("the file has no latent_avg: w_avg is the mean of 16,384 mapped samples")
+    config = stylegan2_tables.infer_config(naming, held, found.settings)
+    params = stylegan2_tables.to_ours(naming, held, config)
+    if estimate:
+        del params["mapping/w_avg"]
+    return _Found(config, params, notes, found.format, _LICENCES[found.naming])
 
 
 def _mean_style(config: StyleGAN2Config, params: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -164,8 +242,8 @@ def _sha256(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def convert(source: str | Path, out_dir: str | Path) -> Converted:
-    """Reads the generator in the file `source` and writes it to the folder `out_dir`.
+def convert(sources: Sources, out_dir: str | Path, network: str | None = None) -> Converted:
+    """Reads the network in the files `sources` and writes it to the folder `out_dir`.
 
     Returns:
       What was written.
@@ -174,8 +252,8 @@ def convert(source: str | Path, out_dir: str | Path) -> Converted:
       UserError: as `read`, and as `samjax.io.checkpoints.save_network`.
     """
     if not (Path(out_dir) / checkpoints.MANIFEST).is_file():
-        checkpoints.check_writable(out_dir, {})  # before the work; whose an older generator is shows only after it
-    found = read(source)
+        checkpoints.check_writable(out_dir, {})  # before the work; whose an older network is shows only after it
+    found = read(sources, network)
     checkpoints.save_network(out_dir, found.config, checkpoints.unflatten(found.params), found.manifest)
     return found
 
@@ -200,7 +278,7 @@ def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
       UserError: there is no whole generator at `folder`, their network cannot hold it, or `path` cannot be written.
     """
     config, params, manifest = checkpoints.load_generator(folder)
-    held = tables.to_theirs(tables.NAMINGS[names], checkpoints.flatten(params), config)
+    held = stylegan2_tables.to_theirs(stylegan2_tables.NAMINGS[names], checkpoints.flatten(params), config)
     metadata = {
         "names": names,
         "config": json.dumps(checkpoints.config_to_dict(config)),

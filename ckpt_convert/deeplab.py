@@ -139,10 +139,10 @@ def config(arrays: Mapping[str, Stored]) -> PredictorConfig:
 
 NETWORK = Network(
     name="invertibility",
-    format="invertibility predictor of SAM's authors (DeepLabV3+)",
+    format="invertibility predictor (DeepLabV3+) in the layout of SAM's authors",
     licence=(
-        "the file states none: predictors that SAM's authors published are under the Adobe Research License, for"
-        " non-commercial research use; one of your own training is under the terms you set"
+        "the file states none: SAM's authors publish theirs beside code under the Adobe Research License, for"
+        " non-commercial research; a predictor of your own training is under the terms you set"
     ),
     rows=ROWS,
     find=find,

@@ -22,7 +22,7 @@ def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
     try:
         main(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.shown}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -1,11 +1,13 @@
 """Holds SAM against inversion in each single layer, over many images.
 
     python experiments/evaluate.py                                       # 32 held-out hard scenes of the demo
-    python experiments/evaluate.py --image_folder DIR --gan_weights converted/
+    python experiments/evaluate.py --images DIR --gan_weights converted/
+    python experiments/evaluate.py --images DIR --image_category cars    # after `python -m ckpt_convert get cars`
 
 Prints a Markdown table of PSNR, SSIM, LPIPS (VGG), seconds, and how much of an edit survives: the change of colour it
 makes (for the demo inside the true car segment), relative to the inversion in W+. Writes it, with every image's
-figures, to OUTPUT_PATH. Finished images are kept: the same command goes on where it was stopped.
+figures, to OUTPUT_PATH. Finished images are kept: the same command goes on where it was stopped. Where error maps are
+predicted rather than measured, as in the official categories, there are no inversions in single layers, and SAM alone.
 
 With several --thresholds there is one row of SAM for each: to choose one, on other scenes (--scene_seed).
 """
@@ -22,11 +24,11 @@ from typing import Literal, NamedTuple
 
 import cli
 import jax
+import networks
 import numpy as np
 import tqdm
 
-from samjax import api, demo, maps, segmentation
-from samjax.config import CATEGORIES, Category
+from samjax import api, demo, maps
 from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import latent_layers, single_layer_masks
@@ -34,11 +36,11 @@ from samjax.metrics import edit_effect, quality
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    image_folder: Path | None = None
-    """Images, with NAME_segments.png beside them where there are label images; none: hard scenes of the demo."""
-    gan_weights: Path | None = None
-    """A converted generator; none: the demo's."""
+class Arguments(networks.Flags):
+    images: Path | None = None
+    """A folder, with NAME_segments.png beside images where there are label images; none: hard scenes of the demo."""
+    fit: Literal["stretch", "letterbox", "crop"] = "stretch"
+    """How images of another shape are brought to the category's size."""
     output_path: Path = Path("output/evaluation")
     scenes: int = 32
     """How many hard scenes."""
@@ -73,10 +75,10 @@ class Figures(NamedTuple):
     seconds: float
 
 
-def examples(args: Arguments, category: Category) -> Iterator[Example]:
+def examples(args: Arguments, nets: networks.Networks) -> Iterator[Example]:
     """What to evaluate on, one at a time."""
-    height, width = category.target_size
-    if args.image_folder is None:
+    height, width = nets.category.target_size
+    if args.images is None:
         scenes = demo.hard_scenes(args.scenes, key=jax.random.key(args.scene_seed))
         for i in range(args.scenes):
             labels = np.asarray(scenes.labels[i])
@@ -84,19 +86,19 @@ def examples(args: Arguments, category: Category) -> Iterator[Example]:
             image = images.to_float(images.to_uint8(scenes.image[i]))
             yield Example(f"scene{args.scene_seed}_{i:03d}", image, labels, labels == demo.scenes.CAR)
         return
-    for path in image_files(args.image_folder):
-        target = images.to_float(images.fit(images.read_image(path), height, width))
+    for path in image_files(args.images):
+        target = images.to_float(images.fit(images.read_image(path), height, width, args.fit))
         beside = path.with_name(f"{path.stem}_segments.png")
         if beside.exists():
-            labels = images.read_segments(beside, height, width, images.image_size(path))
+            labels = images.read_segments(beside, height, width, images.image_size(path), args.fit)
         else:
-            labels = segmentation.segment(target)
+            labels = networks.segments(nets, target, args.swap_channels)
         yield Example(path.stem, target, labels, np.ones((height, width), bool))
 
 
 def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give --image_folder a folder of images")
+        raise UserError(f"{folder} is no folder: give --images a folder of images")
     kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds and not p.stem.endswith("_segments")]
     if not found:
@@ -104,9 +106,34 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-def evaluate(models: api.Models, example: Example, thresholds: list[float], args: Arguments) -> dict[str, Figures]:
-    """All rows of one image; SAM's layers come from the very inversions in single layers that it is compared with."""
-    ws = api.start(models, example.target)
+def evaluate(
+    models: api.Models, nets: networks.Networks, example: Example, thresholds: list[float], args: Arguments
+) -> dict[str, Figures]:
+    """All rows of one image; measured maps come from the very inversions in single layers that SAM is compared with."""
+    if nets.encoder is not None:
+        ws = networks.encode(nets, example.target)
+    else:
+        ws = api.start(models, example.target, kind=nets.category.start, seed=args.seed)
+    rows = {}
+    if nets.predictor is not None:
+        error_maps = networks.predicted_maps(nets, example.target, models.config.latent_names)
+    else:
+        rows, error_maps = single_layers(models, example, ws, args)
+    assignment = maps.assign_layers(error_maps, example.segments, thresholds)
+    first, position = maps.unique_layer_maps(assignment.layer_maps)
+    began = time.perf_counter()
+    sam = api.invert_layers(models, example.target, assignment.layer_maps[first], ws, seed=args.seed)
+    each = (time.perf_counter() - began) / len(first)
+    for threshold, k in zip(thresholds, position, strict=True):
+        name = "SAM" if len(thresholds) == 1 else f"SAM {threshold:g}"
+        rows[name] = figures(models, example, sam.latents, sam.masks, sam.images, k, each, args)
+    return rows
+
+
+def single_layers(
+    models: api.Models, example: Example, ws: np.ndarray, args: Arguments
+) -> tuple[dict[str, Figures], np.ndarray]:
+    """Inversions in each layer alone: their rows, and the error maps [L, h, w] that they measure."""
     began = time.perf_counter()
     singles = api.measure(models, example.target, ws, seed=args.seed)
     each = (time.perf_counter() - began) / len(models.layers)
@@ -116,15 +143,7 @@ def evaluate(models: api.Models, example: Example, thresholds: list[float], args
         layer.name: figures(models, example, latents, masks, singles.images[0], i, each, args)
         for i, layer in enumerate(models.layers)
     }
-    assignment = maps.assign_layers(singles.maps[0], example.segments, thresholds)
-    first, position = maps.unique_layer_maps(assignment.layer_maps)
-    began = time.perf_counter()
-    sam = api.invert_layers(models, example.target, assignment.layer_maps[first], ws, seed=args.seed)
-    each = (time.perf_counter() - began) / len(first)
-    for threshold, k in zip(thresholds, position, strict=True):
-        name = "SAM" if len(thresholds) == 1 else f"SAM {threshold:g}"
-        rows[name] = figures(models, example, sam.latents, sam.masks, sam.images, k, each, args)
-    return rows
+    return rows, singles.maps[0]
 
 
 def figures(
@@ -153,14 +172,15 @@ def read_figures(path: Path) -> dict[str, Figures]:
 
 
 def edit_path(args: Arguments) -> Path | None:
-    return args.edit or (demo.EDITS / "blue_car.npy" if args.gan_weights is None else None)
+    of_demo = args.gan_weights is None and args.image_category in (None, "demo")
+    return args.edit or (demo.EDITS / "blue_car.npy" if of_demo else None)
 
 
 def markdown(rows: dict[str, Figures], caption: str) -> str:
     """The table; an edit's survival is the ratio of means."""
     lines = ["| latent | PSNR, dB | SSIM | LPIPS | edit effect | of W+ | seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
     for name, row in rows.items():
-        share = row.edit / rows["W+"].edit if rows["W+"].edit else float("nan")
+        share = row.edit / rows["W+"].edit if "W+" in rows and rows["W+"].edit else float("nan")
         lines.append(
             f"| {name} | {row.psnr:.2f} | {row.ssim:.3f} | {row.lpips:.3f} | {row.edit:.3f} | {share:.0%} "
             f"| {row.seconds:.1f} |".replace("nan%", "–").replace("nan", "–")
@@ -169,10 +189,11 @@ def markdown(rows: dict[str, Figures], caption: str) -> str:
 
 
 def main(args: Arguments) -> None:
-    generator = api.load_generator(args.gan_weights or "demo")
-    category = (
-        CATEGORIES["demo"] if args.gan_weights is None else Category.for_resolution(generator.config.img_resolution)
-    )
+    if args.images is None and (args.gan_weights is not None or args.image_category not in (None, "demo")):
+        raise UserError("--images is missing, a folder of images: the hard scenes are the demo's")
+    count = args.scenes if args.images is None else len(image_files(args.images))
+    nets = networks.load(args, segments_given=args.images is None)
+    generator, category = nets.generator, nets.category
     thresholds = list(args.thresholds or (category.threshold,))
     config = dataclasses.replace(
         category.config,
@@ -182,28 +203,27 @@ def main(args: Arguments) -> None:
         batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
         loss_resolution=max(category.target_size),
     )
-    if args.image_folder is None and args.gan_weights is not None:
-        raise UserError("a generator of your own needs --image_folder: the hard scenes are the demo's")
     folder = files.output_folder(args.output_path)
     models = api.load_models(generator, config, seed=args.seed)
     weights = np.concatenate([np.ravel(x)[:100] for x in jax.tree.leaves(generator.params)]).tobytes()
-    settings = repr((config, thresholds, args.edit_strength, edit_path(args), hashlib.sha256(weights).hexdigest()))
+    looks = [networks.origin(nets.encoder), networks.origin(nets.predictor), category.segmenter, category.start]
+    choices = (config, thresholds, args.edit_strength, edit_path(args), args.fit, args.swap_channels, args.seed)
+    settings = repr((*choices, *looks, hashlib.sha256(weights).hexdigest()))
     run = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    count = args.scenes if args.image_folder is None else len(image_files(args.image_folder))
     done: dict[str, dict[str, Figures]] = {}
-    for example in tqdm.tqdm(examples(args, category), total=count, unit="image"):
+    for example in tqdm.tqdm(examples(args, nets), total=count, unit="image"):
         path = folder / f"{example.name}_{run}.json"
         if path.exists():
             done[example.name] = read_figures(path)
             continue
-        done[example.name] = evaluate(models, example, thresholds, args)
+        done[example.name] = evaluate(models, nets, example, thresholds, args)
         files.write_json(path, {name: row._asdict() for name, row in done[example.name].items()})
     names = next(iter(done.values())).keys()
     means = {name: Figures(*np.mean([rows[name] for rows in done.values()], axis=0).tolist()) for name in names}
     what = (
         f"{count} hard scenes of the demo"
-        if args.image_folder is None
-        else f"{count} images of {args.image_folder.name}"
+        if args.images is None
+        else f"{count} images of {args.images.name}"
     )
     shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
     device = jax.devices()[0].device_kind

@@ -2,6 +2,7 @@
 
     python experiments/invert.py                                   # the demo: no files, no network needed
     python experiments/invert.py --image_path photo.png --gan_weights converted/ --edits_folder edits/
+    python experiments/invert.py --image_path car.png --image_category cars   # after `python -m ckpt_convert get cars`
 
 Flags carry the names and meaning of the authors' script where it has them. Results go to OUTPUT_PATH/IMAGE_NAME;
 the same command again goes on where it was stopped.
@@ -23,10 +24,11 @@ from typing import Any, Literal, NamedTuple
 import cli
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 
-from samjax import api, demo, editing, inversion, losses, maps, segmentation
-from samjax.config import CATEGORIES, Category, InversionConfig
+from samjax import api, demo, editing, inversion, losses, maps
+from samjax.config import Category, InversionConfig
 from samjax.errors import UserError
 from samjax.io import files, images, report
 from samjax.io.checkpoints import LoadedGenerator
@@ -35,29 +37,23 @@ from samjax.metrics import quality
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(networks.Flags):
     image_path: Path | None = None
     """The image; none: a sample of the demo."""
-    image_category: Literal["demo", "cars", "faces", "cats", "custom"] | None = None
-    """Sizes, letterboxing and the defaults that say "by category"; none: demo, or custom with gan_weights."""
     output_path: Path = Path("output")
     """Results go to a folder in it with the image's name."""
-    gan_weights: Path | None = None
-    """A generator converted by `python -m ckpt_convert`; none: the demo's."""
     latent_names: str | None = None
     """Candidate latent layers, separated by commas; none: all that the generator has of W+,F4,F6,F8,F10."""
 
     segments: Path | None = None
-    """A label image of the same size as the image: one value or flat colour a segment."""
-    segmenter: Literal["felzenszwalb", "slic"] = "felzenszwalb"
-    """Classical segmentation where no label image is given."""
+    """A label image of the same size as the image: one value or flat colour a segment; none: by the segmenter."""
     fit: Literal["stretch", "letterbox", "crop"] = "stretch"
     """How an image of another shape is brought to the category's size."""
+    paste_back: bool = False
+    """Also writes reconstruction and edits at the image's own size and shape; what a crop left out stays as it was."""
 
-    invertibility: Literal["measured"] = "measured"
-    """Where the error maps come from: a short inversion in each layer."""
     invertibility_steps: int | None = None
-    """Steps of those; none: as many as num_opt_steps, at most 501."""
+    """Steps of each inversion by which maps are measured; none: as many as num_opt_steps, at most 501."""
     threshold: float | None = None
     """Mean error up to which a segment may use a layer; none: by category."""
     sweep_thresholds: bool = False
@@ -80,8 +76,6 @@ class Arguments:
     lambda_mvg: float | None = None
     noise: Literal["random", "const", "none"] = "random"
     """The generator's noise during optimisation."""
-    start: Literal["mean", "best"] = "mean"
-    """Where W+ starts: the mean style, or the best of 256 samples by LPIPS."""
     batch_size: int | None = None
     """Inversions in one program; none: 1 on a CPU, 8 elsewhere."""
     seed: int = 0
@@ -89,7 +83,7 @@ class Arguments:
     generate_edits: bool | None = None
     """Applies the directions of edits_folder; none: where there is a folder."""
     edits_folder: Path | None = None
-    """Directions as .npy, .npz or .safetensors; none: the demo's for the demo's generator."""
+    """Directions as .npy, .npz or .safetensors; none: those of the category."""
     edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
 
     save_final_latent: bool = True
@@ -101,15 +95,16 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The arguments with everything settled that depends on the category, the generator and the image."""
+    """The arguments with everything settled that depends on the category, the networks and the image."""
 
-    generator: LoadedGenerator
+    nets: networks.Networks
     category: Category
     config: InversionConfig
     image_path: Path
     folder: Path
+    picture: np.ndarray  # uint8 [H, W, 3], as in the file
     target: np.ndarray  # [h, w, 3] in [-1, 1]
-    segments: np.ndarray  # [h, w]
+    segments: np.ndarray | None  # [h, w]; None: by the segmenter
     names: dict[int, str]  # of segments, where known
     thresholds: list[float]
     main_threshold: float
@@ -128,9 +123,14 @@ class Inverted(NamedTuple):
     loss: np.ndarray
 
 
-class Singles(NamedTuple):
-    maps: np.ndarray  # [L, h, w]
-    inversions: list[Inverted]  # one a layer
+class Looked(NamedTuple):
+    """What is known of the image before it is inverted: segments [h, w], where W+ starts [num_ws, w_dim], error maps
+    [L, h, w], and the inversion in each layer alone, where the maps were measured by them."""
+
+    segments: np.ndarray
+    ws: np.ndarray
+    maps: np.ndarray
+    singles: list[Inverted]
 
 
 # --- what to do ---
@@ -138,29 +138,17 @@ class Singles(NamedTuple):
 
 def settle(args: Arguments) -> Job:
     """Settles what arguments leave open, and reads every input: bad ones are found before work starts."""
-    if args.image_category not in (None, "demo") and args.gan_weights is None:
-        raise UserError(
-            f"--image_category {args.image_category} needs --gan_weights: the folder that "
-            "`python -m ckpt_convert SOURCE FOLDER` makes of your generator's .pkl or .pt"
-        )
-    name = args.image_category or ("demo" if args.gan_weights is None else "custom")
-    generator = api.load_generator(args.gan_weights or "demo")
-    category = CATEGORIES.get(name) or Category.for_resolution(generator.config.img_resolution)
-    if generator.config.img_resolution != category.resolution:
-        raise UserError(
-            f"the generator makes {generator.config.img_resolution} px images, the category {name} has "
-            f"{category.resolution} px: leave --image_category out, or give another generator"
-        )
-    config = settle_config(args, category, generator)
-
     image_path, segments_path = args.image_path, args.segments
     if image_path is None:
-        if name != "demo":
+        if args.image_category not in (None, "demo") or args.gan_weights is not None:
             raise UserError("--image_path is missing: give the image to invert")
         image_path = demo.SAMPLES / "scene0.png"
         segments_path = segments_path or demo.SAMPLES / "scene0_segments.png"
-    height, width = category.target_size
     picture = images.read_image(image_path, notify=lambda note: print(f"note: {note}"))
+    nets = networks.load(args, segments_given=segments_path is not None)
+    name, category, generator = nets.name, nets.category, nets.generator
+    config = settle_config(args, category, generator)
+    height, width = category.target_size
     target = images.to_float(images.fit(picture, height, width, args.fit))
     names: dict[int, str] = {}
     if segments_path is not None:
@@ -169,27 +157,28 @@ def settle(args: Arguments) -> Job:
         if segments_path.parent == demo.SAMPLES:
             names = dict(enumerate((*demo.scenes.LABELS, "in front", "backdrop")))
     else:
-        segments = segmentation.segment(target, args.segmenter)
+        segments = None
 
     main_threshold = category.threshold if args.threshold is None else args.threshold
     if not math.isfinite(main_threshold):
         raise UserError(f"--threshold must be a number, not {main_threshold}")
     thresholds = sorted({*category.sweep(), main_threshold}) if args.sweep_thresholds else [main_threshold]
     return Job(
-        generator=generator,
+        nets=nets,
         category=category,
         config=config,
         image_path=image_path,
         folder=args.output_path / image_path.stem,
+        picture=picture,
         target=target,
         segments=segments,
         names=names,
         thresholds=thresholds,
         main_threshold=main_threshold,
         measure_steps=args.invertibility_steps or min(config.num_opt_steps, 501),
-        directions=load_directions(args, name, generator),
+        directions=load_directions(args, nets),
         strengths=args.edit_strengths,
-        generator_name="demo" if args.gan_weights is None else args.gan_weights.name,
+        generator_name=name if args.gan_weights is None else args.gan_weights.name,
     )
 
 
@@ -207,9 +196,10 @@ def settle_config(args: Arguments, category: Category, generator: LoadedGenerato
         raise UserError(str(error)) from error
 
 
-def load_directions(args: Arguments, category: str, generator: LoadedGenerator) -> dict[str, np.ndarray]:
+def load_directions(args: Arguments, nets: networks.Networks) -> dict[str, np.ndarray]:
     """The directions to apply, by the names of their files."""
-    folder = args.edits_folder or (demo.EDITS if category == "demo" and args.gan_weights is None else None)
+    own = demo.EDITS if nets.name == "demo" and args.gan_weights is None else nets.edits
+    folder = args.edits_folder or own
     if args.generate_edits is False or (folder is None and not args.generate_edits):
         return {}
     if folder is None:
@@ -219,18 +209,24 @@ def load_directions(args: Arguments, category: str, generator: LoadedGenerator) 
     found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz", ".safetensors"))
     if not found:
         raise UserError(f"{folder} holds no directions (.npy, .npz or .safetensors)")
-    config = generator.config
+    config = nets.generator.config
     return {path.stem: editing.load_direction(path, config.num_ws, config.w_dim) for path in found}
 
 
-def check_settings(folder: Path, job: Job) -> None:
+def check_settings(folder: Path, args: Arguments, job: Job) -> None:
     """Makes sure that what is already in `folder` was made with the same settings, and notes them where it is new."""
+    nets, category = job.nets, job.category
     settings = json.loads(json.dumps({
         **dataclasses.asdict(job.config),
-        "measure_steps": job.measure_steps,
-        "generator": digest(*job.generator.params["synthesis"]["b4"].values(), job.generator.params["mapping"]),
+        "seed": args.seed,
+        "start": category.start,
+        "encoder": networks.origin(nets.encoder),
+        "invertibility": category.invertibility,
+        "measure_steps": job.measure_steps if nets.predictor is None else None,
+        "predictor": networks.origin(nets.predictor),
+        "generator": digest(*nets.generator.params["synthesis"]["b4"].values(), nets.generator.params["mapping"]),
         "target": digest(job.target),
-        "segments": digest(job.segments),
+        "segments": digest(job.segments) if job.segments is not None else [category.segmenter, args.swap_channels],
     }))  # fmt: skip
     for how in ("batch_size", "chunk_steps"):  # not what
         del settings[how]
@@ -261,9 +257,25 @@ def digest(*trees: Any) -> str:
 # --- the work; each part is kept as soon as it is done ---
 
 
+def look(folder: Path, args: Arguments, job: Job, models: api.Models, seconds: dict[str, float]) -> Looked:
+    """Segments, start and error maps of the image."""
+    nets, began = job.nets, time.perf_counter()
+    segments = networks.segments(nets, job.target, args.swap_channels) if job.segments is None else job.segments
+    if nets.encoder is not None:
+        ws = networks.encode(nets, job.target)
+    else:
+        ws = api.start(models, job.target, kind=nets.category.start, seed=args.seed)
+    if nets.predictor is not None:
+        error_maps = networks.predicted_maps(nets, job.target, job.config.latent_names)
+        seconds["networks"] = time.perf_counter() - began
+        return Looked(segments, ws, error_maps, [])
+    seconds["networks"] = time.perf_counter() - began
+    return Looked(segments, ws, *measured_layers(folder, args, job, models, ws, seconds))
+
+
 def measured_layers(
     folder: Path, args: Arguments, job: Job, models: api.Models, ws: np.ndarray, seconds: dict[str, float]
-) -> Singles:
+) -> tuple[np.ndarray, list[Inverted]]:
     """The single-layer inversions, which give the error maps and stand for comparison."""
     path = folder / "measured.npz"
     layers = models.layers
@@ -290,7 +302,7 @@ def measured_layers(
     made = api.render(models, latents, masks)
     pick = lambda tree, i: {name: value[i : i + 1] for name, value in tree.items()}  # noqa: E731
     inversions = [Inverted(pick(latents, i), pick(masks, i), made[i], saved["loss"][:, i]) for i in range(len(layers))]
-    return Singles(saved["maps"], inversions)
+    return saved["maps"], inversions
 
 
 def sam_inversions(
@@ -374,9 +386,9 @@ def snapshots(
 def describe(
     job: Job,
     models: api.Models,
+    looked: Looked,
     assignment: maps.Assignment,
     index: int,
-    error_maps: np.ndarray,
     methods: dict[str, Inverted],
 ) -> report.Result:
     """Everything about one threshold, for pictures and tables."""
@@ -385,7 +397,7 @@ def describe(
         report.SegmentRow(
             label=int(value),
             name=job.names.get(int(value)),
-            share=float(np.mean(job.segments == value)),
+            share=float(np.mean(looked.segments == value)),
             means=tuple(float(mean) for mean in assignment.means[:, s]),
             layer=names[assignment.layers[index, s]],
         )
@@ -406,10 +418,10 @@ def describe(
     return report.Result(
         name=job.image_path.stem,
         image=job.target,
-        segments=job.segments,
+        segments=looked.segments,
         segment_rows=rows,
         layers=names,
-        maps=error_maps,
+        maps=looked.maps,
         layer_map=assignment.layer_maps[index],
         threshold=job.thresholds[index],
         reconstructions=made,
@@ -419,27 +431,40 @@ def describe(
         settings={
             "generator": job.generator_name,
             "steps": job.config.num_opt_steps,
-            "steps of single layers": job.measure_steps,
+            "error maps": "predicted" if not looked.singles else f"measured in {job.measure_steps} steps",
+            "W+ starts at": job.category.start,
+            "segments": "given" if job.segments is not None else job.category.segmenter,
             "LPIPS of the loss": job.config.lpips_type,
             "device": jax.devices()[0].device_kind,
         },
     )
 
 
-def save_threshold(folder: Path, job: Job, result: report.Result, sam: Inverted) -> None:
+def save_threshold(
+    folder: Path, args: Arguments, job: Job, models: api.Models, result: report.Result, sam: Inverted
+) -> None:
     """The pictures of one threshold."""
     tag = f"T{result.threshold:.3f}"
     images.save_png(folder / f"layers_{tag}.png", report.layers_picture(result))
-    height, width = job.category.target_size
-    factor = max(sam.image.shape[0] // max(height, width), 1)
-    images.save_png(
-        folder / f"reconstruction_{tag}.png",
-        losses.crop_letterbox(jnp.asarray(sam.image)[None], height * factor, width * factor)[0],
-    )
+    images.save_png(folder / f"reconstruction_{tag}.png", full_size(job, sam.image))
     for name, strengths in result.edits.items():
         images.save_png(folder / "edits" / name / f"{tag}.png", report.edit_strip(result, name))
         for strength, methods in strengths.items():
             images.save_png(folder / "edits" / name / f"{tag}_mul{strength:g}.png", methods["SAM"])
+    if args.paste_back:
+        paste = lambda image: images.paste_back(job.picture, full_size(job, image), args.fit)  # noqa: E731
+        images.save_png(folder / "pasted" / f"reconstruction_{tag}.png", paste(sam.image))
+        for name, direction in job.directions.items():
+            sweep = api.edit_latents(models, sam.latents, sam.masks, direction, job.strengths)
+            for strength, image in zip(job.strengths, sweep, strict=True):
+                images.save_png(folder / "pasted" / name / f"{tag}_mul{strength:g}.png", paste(image))
+
+
+def full_size(job: Job, image: np.ndarray) -> np.ndarray:
+    """A generator's image [R, R, 3] without the rows of its letterbox, otherwise as large as it is."""
+    height, width = job.category.target_size
+    factor = max(image.shape[0] // max(height, width), 1)
+    return np.asarray(losses.crop_letterbox(jnp.asarray(image)[None], height * factor, width * factor)[0])
 
 
 def save_report(
@@ -486,20 +511,21 @@ def main(args: Arguments) -> None:
     began = time.perf_counter()
     job = settle(args)
     folder = files.output_folder(job.folder)
-    check_settings(folder, job)
+    check_settings(folder, args, job)
     print(f"{job.image_path.name} -> {folder}", flush=True)
-    models = api.load_models(job.generator, job.config, seed=args.seed)
-    ws = api.start(models, job.target, kind=args.start, seed=args.seed)
+    models = api.load_models(job.nets.generator, job.config, seed=args.seed)
     images.save_png(folder / "input.png", job.target)
     seconds: dict[str, float] = {}
-    singles = measured_layers(folder, args, job, models, ws, seconds)
-    assignment = maps.assign_layers(singles.maps, job.segments, job.thresholds)
-    sams = sam_inversions(folder, args, job, models, ws, assignment.layer_maps, seconds)
+    looked = look(folder, args, job, models, seconds)
+    assignment = maps.assign_layers(looked.maps, looked.segments, job.thresholds)
+    sams = sam_inversions(folder, args, job, models, looked.ws, assignment.layer_maps, seconds)
     results = []
     for i, sam in enumerate(sams):
-        methods = {"W+": singles.inversions[0], models.layers[-1].name: singles.inversions[-1], "SAM": sam}
-        results.append(describe(job, models, assignment, i, singles.maps, methods))
-        save_threshold(folder, job, results[-1], sam)
+        methods = {"SAM": sam}
+        if looked.singles:
+            methods = {"W+": looked.singles[0], models.layers[-1].name: looked.singles[-1], **methods}
+        results.append(describe(job, models, looked, assignment, i, methods))
+        save_threshold(folder, args, job, models, results[-1], sam)
     shown = results[job.thresholds.index(job.main_threshold)]
     seconds["total"] = time.perf_counter() - began
     save_report(folder, args, job, shown, results, seconds)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 LATENT_NAMES = ("W+", "F4", "F6", "F8", "F10")
 """All latent layers, the most editable first."""
+
+Segmenter = Literal["felzenszwalb", "slic", "ade20k", "bisenet", "mask_rcnn"]
+Invertibility = Literal["measured", "predicted"]
+Start = Literal["mean", "best", "encoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Category:
         images are letterboxed: rows of zeros in the masks, and rows cut from the images, above and below.
       threshold: mean map value up to which a segment may use a layer.
       threshold_range: lowest and highest threshold of a sweep.
+      segmenter: what finds segments where no label image is given: a classical method, or a network.
+      invertibility: where error maps come from: a short inversion in each layer, or the predictor.
+      start: where W+ starts: the mean style, the best of some samples, or the encoder's code.
       config: settings of its inversions, where the user gives none.
     """
 
@@ -81,6 +88,9 @@ class Category:
     target_size: tuple[int, int] = (256, 256)
     threshold: float = 0.225
     threshold_range: tuple[float, float] = (0.1, 0.4)
+    segmenter: Segmenter = "felzenszwalb"
+    invertibility: Invertibility = "measured"
+    start: Start = "mean"
     config: InversionConfig = InversionConfig()
 
     @classmethod
@@ -96,12 +106,19 @@ class Category:
         return (*(round(low + i * step, 6) for i in range(count)), 1.0)
 
 
+def _official(name: str, resolution: int, segmenter: Segmenter, **settings: Any) -> Category:
+    """A category with networks of its own, by which the authors' program finds segments, maps and W+."""
+    return Category(
+        name, resolution, segmenter=segmenter, invertibility="predicted", start="encoder", **settings
+    )  # fmt: skip
+
+
 CATEGORIES = {
     category.name: category
     for category in (
-        Category("cars", 512, target_size=(192, 256)),
-        Category("faces", 1024),
-        Category("cats", 256, threshold_range=(0.2, 0.45)),
+        _official("cars", 512, "ade20k", target_size=(192, 256)),
+        _official("faces", 1024, "bisenet"),
+        _official("cats", 256, "mask_rcnn", threshold_range=(0.2, 0.45)),
         # AlexNet's LPIPS and few, large steps: a laptop's CPU makes the demo in a minute or two. The offsets of its
         # narrow generator must grow larger than those of config-f before they show, so they cost less.
         Category(

@@ -1,7 +1,7 @@
 """Invertibility maps: how badly each latent layer, used alone, renders each pixel of a target.
 
-`measured` finds out by doing it, for any generator. A trained predictor gives the same maps from the picture alone,
-behind the same interface, `InvertibilitySource`.
+`measured` finds out by doing it, for any generator. `predicted` asks a network that was trained on such measurements
+of one kind of pictures. Both stand behind one interface, `InvertibilitySource`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from samjax import inversion, losses
 from samjax.config import InversionConfig
 from samjax.inversion import Items, Networks, Progress, render
 from samjax.latents import init_latents, latent_layers, single_layer_masks
-from samjax.nets import lpips
+from samjax.nets import deeplab, lpips
+from samjax.nets.blocks import Variables
+from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.stylegan2 import Params, StyleGAN2Config
 
 
@@ -149,5 +151,38 @@ def measuring(
     def source(targets: ArrayLike) -> np.ndarray:
         start = np.broadcast_to(np.asarray(ws), (len(np.asarray(targets)), *np.shape(ws)))
         return measured(generator, networks, targets, start, config).maps
+
+    return source
+
+
+@functools.partial(jax.jit, static_argnames=("config", "precision"))
+def _predict(variables: Variables, images: Array, config: PredictorConfig, precision: str) -> Array:
+    with jax.default_matmul_precision(precision):
+        return deeplab.predict(variables, images, config)
+
+
+def predicted(
+    variables: Variables, config: PredictorConfig, *, precision: str = "highest", batch_size: int = 1
+) -> InvertibilitySource:
+    """A trained predictor as an `InvertibilitySource`.
+
+    Args:
+      variables: of the predictor; see `samjax.nets.deeplab`.
+      config: its sizes; the maps are those of `config.latent_names`, in this order.
+      precision: of convolutions; "highest" is full float32 on every device.
+      batch_size: targets in one pass; the last one is filled up.
+
+    Returns:
+      The source. It raises ValueError for targets that are not [N, h, w, 3].
+    """
+
+    def source(targets: ArrayLike) -> np.ndarray:
+        targets = np.asarray(targets, np.float32)
+        parts = []
+        for first in range(0, len(targets), batch_size):
+            index = np.minimum(np.arange(first, first + batch_size), len(targets) - 1)
+            maps = _predict(variables, jnp.asarray(targets[index]), config, precision)
+            parts.append(np.asarray(maps)[: len(targets) - first])
+        return np.concatenate(parts)
 
     return source

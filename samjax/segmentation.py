@@ -1,19 +1,43 @@
 """Segments of a picture: what decides together on a latent layer.
 
-One interface, image in and integer labels out. The classical methods here need no weights; networks join behind the
-same interface.
+One interface, image in and integer labels out. The classical methods need no weights; networks stand behind the same
+interface, with the classes merged that the authors merge.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import ArrayLike
 
 from samjax.errors import UserError
+from samjax.io.images import to_uint8
+from samjax.nets import ade20k as ade20k_network
+from samjax.nets import bisenet, mask_rcnn
+from samjax.nets.blocks import Variables
 
 Method = Literal["felzenszwalb", "slic"]
+
+ADE20K_MERGED: Mapping[int, int] = {
+    6: 3, 13: 3,  # road, earth: floor
+    21: 60,  # water: river
+    102: 20, 83: 20,  # van, truck: car
+    29: 9,  # field: grass
+}  # fmt: skip
+"""ADE20K's classes (from 0) that SAM takes for another one."""
+
+FACE_MERGED: Mapping[int, int] = {
+    1: 3, 2: 3, 4: 3, 5: 3,  # skin, brows (3 is one of them), eyes
+    7: 3, 8: 3, 10: 3,  # ears, nose
+    11: 3, 12: 3, 13: 3, 14: 3,  # mouth, lips, neck
+}  # fmt: skip
+"""The face parser's classes that SAM takes for one: all that is skin or lies within it."""
 
 
 class Segmenter(Protocol):
@@ -39,9 +63,7 @@ def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -
     Raises:
       UserError: an unknown method, or an image of another shape.
     """
-    image = np.asarray(image, np.float32)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(f"an image to segment is [H, W, 3], not {image.shape}")
+    image = _checked(image)
     if method not in get_args(Method):
         raise UserError(f"unknown segmentation {method!r}: choose {' or '.join(get_args(Method))}")
     import skimage.segmentation as classical  # slow to import, and needed here only
@@ -55,3 +77,115 @@ def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -
         settings = {"n_segments": 32, "compactness": 10.0, "sigma": 1.0, "start_label": 0, **options}
         labels = classical.slic(unit, **settings)
     return np.unique(labels, return_inverse=True)[1].reshape(labels.shape).astype(np.int32)
+
+
+# --- networks ---
+
+
+def merge_classes(labels: ArrayLike, merged: Mapping[int, int]) -> np.ndarray:
+    """Renames classes; each label once, so that the order of `merged` does not matter.
+
+    Args:
+      labels: of any shape.
+      merged: new class by old class, such as `ADE20K_MERGED`; other labels stay.
+
+    Returns:
+      A new array of the shape and type of `labels`.
+    """
+    labels = np.asarray(labels)
+    result = labels.copy()
+    for old, new in merged.items():
+        result[labels == old] = new
+    return result
+
+
+def ade20k(
+    variables: Variables,
+    config: ade20k_network.ADE20KConfig,
+    *,
+    merge: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Segmenter:
+    """The ADE20K segmenter, SAM's for cars (at labels of 192 x 256).
+
+    Args:
+      variables: of `samjax.nets.ade20k`.
+      config: the network's.
+      merge: whether to merge classes as in `ADE20K_MERGED`.
+      size: (H, W) of the labels; that of the image if None.
+
+    Returns:
+      A segmenter: compiled once for each image size, in full float32. It raises UserError for images of another shape.
+    """
+    labels = functools.partial(ade20k_network.labels, config=config, size=size)
+    return _segmenter(labels, variables, ADE20K_MERGED if merge else {})
+
+
+def face_parsing(variables: Variables, config: bisenet.BiSeNetConfig, *, merge: bool = True) -> Segmenter:
+    """The face parser, SAM's for faces.
+
+    Args:
+      variables: of `samjax.nets.bisenet`.
+      config: the network's.
+      merge: whether to merge classes as in `FACE_MERGED`.
+
+    Returns:
+      A segmenter: compiled once for each image size, in full float32. It raises UserError for images of another shape.
+    """
+    return _segmenter(functools.partial(bisenet.labels, config=config), variables, FACE_MERGED if merge else {})
+
+
+def instances(
+    variables: Variables,
+    config: mask_rcnn.MaskRCNNConfig,
+    *,
+    score_threshold: float = 0.1,
+    swap_channels: bool = False,
+) -> Segmenter:
+    """Mask R-CNN's things, SAM's segmenter for cats: each painted with its class, less sure ones over surer ones.
+
+    Args:
+      variables: of `samjax.nets.mask_rcnn`.
+      config: the network's.
+      score_threshold: things as sure as this or less are left out.
+      swap_channels: whether to show the network red for blue, as SAM's authors do: they hand an RGB picture to a
+        predictor that expects BGR.
+
+    Returns:
+      A segmenter: compiled once for each size of the resized image's canvas and each size of labels, in full float32.
+      Label 0 is the first class (people) and all that is no thing. It raises UserError for images of another shape.
+    """
+    detect = jax.jit(functools.partial(mask_rcnn.detect, config=config))
+    paint = jax.jit(mask_rcnn.paint, static_argnames=("height", "width"))
+
+    def segmenter(image: ArrayLike) -> np.ndarray:
+        pixels = to_uint8(_checked(image))
+        height, width = pixels.shape[:2]
+        canvas, size = mask_rcnn.preprocess(pixels if swap_channels else pixels[..., ::-1])
+        with jax.default_matmul_precision("highest"):
+            found = detect(
+                variables, canvas, size=size, output_size=(height, width), score_threshold=float(score_threshold)
+            )
+            return np.array(paint(found, height=height, width=width))
+
+    return segmenter
+
+
+def _segmenter(
+    labels: Callable[[Variables, Array], Array], variables: Variables, merged: Mapping[int, int]
+) -> Segmenter:
+    compiled = jax.jit(labels)
+
+    def segmenter(image: ArrayLike) -> np.ndarray:
+        images = jnp.asarray(_checked(image)[None])
+        with jax.default_matmul_precision("highest"):
+            return merge_classes(compiled(variables, images)[0], merged)
+
+    return segmenter
+
+
+def _checked(image: ArrayLike) -> np.ndarray:
+    image = np.asarray(image, np.float32)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"an image to segment is [H, W, 3], not {image.shape}")
+    return image

@@ -41,3 +41,9 @@ def golden() -> Callable[[str], Mapping[str, np.ndarray]]:
         return cases[name]
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the tests away from what the person who runs them has downloaded."""
+    monkeypatch.setenv("SAMJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

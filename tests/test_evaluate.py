@@ -35,7 +35,7 @@ def test_a_folder_gives_a_table_and_is_resumed(evaluate, tmp_path, capsys):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
     np.save(tmp_path / "up.npy", rng.standard_normal(8).astype(np.float32))
     args = evaluate.Arguments(
-        image_folder=tmp_path / "images",
+        images=tmp_path / "images",
         gan_weights=tmp_path / "own.safetensors",
         output_path=tmp_path / "out",
         thresholds=(0.3, 2.0),
@@ -59,6 +59,6 @@ def test_a_folder_gives_a_table_and_is_resumed(evaluate, tmp_path, capsys):
 def test_a_generator_of_ones_own_needs_images(evaluate, tmp_path):
     config = stylegan2.StyleGAN2Config(8, z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=4)
     checkpoints.save_safetensors(tmp_path / "own.safetensors", config, stylegan2.init(config, key=jax.random.key(0)))
-    with pytest.raises(evaluate.UserError, match="--image_folder"):
+    with pytest.raises(evaluate.UserError, match="--images"):
         evaluate.main(evaluate.Arguments(gan_weights=tmp_path / "own.safetensors", output_path=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ from numpy.typing import DTypeLike
 
 from samjax.errors import UserError
 from samjax.io import files
-from samjax.nets import stylegan2
+from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, stylegan2
 from samjax.nets.stylegan2 import Params, StyleGAN2Config
 
 # Orbax takes seconds to import, and the generator in the package does not need it: see the functions that do.
@@ -58,6 +58,11 @@ class Kind(NamedTuple):
 
 NETWORKS: Mapping[str, Kind] = {
     "generator": Kind("generator", StyleGAN2Config, stylegan2.init),
+    "e4e": Kind("e4e encoder", e4e.E4EConfig, e4e.init),
+    "invertibility": Kind("invertibility predictor", deeplab.PredictorConfig, deeplab.init),
+    "ade20k": Kind("ADE20K segmenter", ade20k.ADE20KConfig, ade20k.init),
+    "bisenet": Kind("face parser", bisenet.BiSeNetConfig, bisenet.init),
+    "mask_rcnn": Kind("Mask R-CNN", mask_rcnn.MaskRCNNConfig, mask_rcnn.init),
 }
 
 
@@ -206,9 +211,9 @@ def _setting(hint: Any, value: Any, low: int) -> Any:
         return value
     elif hint is float and type(value) in (int, float) and 0 < value < math.inf:
         return float(value)
-    elif hint is str and isinstance(value, str) and 0 < len(value) <= _MAX_ENTRIES:
-        return value
-    elif hint is bool and isinstance(value, bool):
+    elif (hint is str and isinstance(value, str) and 0 < len(value) <= _MAX_ENTRIES) or (
+        hint is bool and isinstance(value, bool)
+    ):
         return value
     raise TypeError
 

@@ -316,6 +316,33 @@ def fit(image: Uint8, height: int, width: int, mode: Fit = "stretch") -> Uint8:
     return np.array(_resize(Image.fromarray(image), height, width, mode, Image.Resampling.LANCZOS, 0))
 
 
+def paste_back(picture: Uint8, image: ArrayLike, mode: Fit = "stretch") -> Uint8:
+    """The reverse of `fit`: brings what was made of a fitted picture back to the picture's own size and shape.
+
+    Args:
+      picture: the original, uint8 [h, w, 3].
+      image: uint8, or floats in [-1, 1], [H, W, 3] with the proportions of the fitted picture, of any size.
+      mode: how the picture was fitted. What "crop" left out is the picture's own.
+
+    Returns:
+      uint8 [h, w, 3].
+    """
+    array = np.asarray(image)
+    made = Image.fromarray(array if array.dtype == np.uint8 else to_uint8(array))
+    height, width = picture.shape[:2]
+    if mode == "crop":
+        scale = min(height / made.height, width / made.width)
+        rows, columns = round(made.height * scale), round(made.width * scale)
+        canvas = Image.fromarray(picture)
+        where = ((width - columns) // 2, (height - rows) // 2)
+        canvas.paste(made.resize((columns, rows), Image.Resampling.LANCZOS), where)
+        return np.array(canvas)
+    if mode == "letterbox":
+        top, left, rows, columns = content_box((height, width), made.height, made.width)
+        made = made.crop((left, top, left + columns, top + rows))
+    return np.array(made.resize((width, height), Image.Resampling.LANCZOS))
+
+
 def fit_labels(
     labels: NDArray[np.integer], height: int, width: int, mode: Fit = "stretch", fill: int = -1
 ) -> NDArray[np.int32]:

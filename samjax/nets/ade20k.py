@@ -13,17 +13,11 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from samjax.nets.blocks import Bottleneck, Variables, batch_norm, conv, max_pool
-from samjax.nets.lpips import resize_bilinear
-
-# ImageNet's channel means and deviations, for images in [-1, 1] instead of [0, 1].
-_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
-_STD = np.array([0.458, 0.448, 0.450], np.float32)
+from samjax.nets.blocks import Bottleneck, Variables, batch_norm, conv, imagenet, max_pool, resize_bilinear
 
 # Of each stage: the stride of its first block, the dilation of that block, and the dilation of the others. The last
 # two had stride 2 each before it was traded for dilation, which counts for what comes after the strided convolution.
@@ -55,19 +49,6 @@ class ADE20KConfig:
 
 
 # --- operations ---
-
-
-def imagenet(images: Array) -> Array:
-    """Images in [-1, 1], [N, H, W, 3], with ImageNet's means taken off and over its deviations.
-
-    Raises:
-      ValueError: images of another shape or kind.
-    """
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be floating point in [-1, 1], not {images.dtype}")
-    return (images - _MEAN) / _STD
 
 
 def _bins(size: int, count: int) -> np.ndarray:

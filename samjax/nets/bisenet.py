@@ -17,8 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from samjax.nets.ade20k import imagenet
-from samjax.nets.blocks import Variables, batch_norm, conv, max_pool, resize_aligned
+from samjax.nets.blocks import Variables, batch_norm, conv, imagenet, max_pool, resize_aligned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 Variables = Mapping[str, Any]
 """{"params": {...}, "batch_stats": {...}}, nested dictionaries of float32 arrays."""
+
+# ImageNet's channel means and deviations, for images in [-1, 1] instead of [0, 1].
+_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
+_STD = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 def conv(features: int, kernel: int = 3, stride: int = 1, *, dilation: int = 1, bias: bool = False,
@@ -32,6 +37,19 @@ def conv(features: int, kernel: int = 3, stride: int = 1, *, dilation: int = 1, 
 
 batch_norm: Callable[..., nn.BatchNorm] = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 """Batch normalisation with PyTorch's epsilon and momentum (which PyTorch counts the other way round: 0.1)."""
+
+
+def imagenet(images: Array) -> Array:
+    """Images in [-1, 1], [N, H, W, 3], with ImageNet's means taken off and over its deviations.
+
+    Raises:
+      ValueError: images of another shape or kind.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be floating point in [-1, 1], not {images.dtype}")
+    return (images - _MEAN) / _STD
 
 
 def max_pool(x: Array) -> Array:
@@ -55,6 +73,11 @@ def resize_aligned(x: Array, size: tuple[int, int]) -> Array:
         return x
     rows, columns = (jnp.asarray(_interpolation(x.shape[i + 1], size[i])) for i in (0, 1))
     return jnp.einsum("yh,nhwc,xw->nyxc", rows, x, columns)
+
+
+def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
+    """Bilinear with pixel centres at halves and edges repeated (PyTorch's `align_corners=False`); [N, H, W, C]."""
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
 
 
 class Bottleneck(nn.Module):

@@ -251,9 +251,7 @@ def predict(variables: Variables, images: Array, config: PredictorConfig) -> Arr
     return Predictor(config).apply(variables, images)  # type: ignore[return-value]
 
 
-def train_maps(
-    variables: Variables, images: Array, config: PredictorConfig, *, key: Array
-) -> tuple[Array, Variables]:
+def train_maps(variables: Variables, images: Array, config: PredictorConfig, *, key: Array) -> tuple[Array, Variables]:
     """Maps as training needs them: normalised by the batch's own statistics, and with dropout.
 
     Args:

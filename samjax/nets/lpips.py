@@ -18,17 +18,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+
+from samjax.nets.blocks import imagenet, resize_bilinear
 
 Params = Mapping[str, Any]
 Net = Literal["vgg", "alex"]
-
-# ImageNet's channel means and deviations, for images in [-1, 1] instead of [0, 1].
-_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
-_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 _VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # AlexNet's stages: features, kernel, stride, padding of the convolution, and whether its input is pooled.
@@ -74,11 +70,6 @@ def normalize_channels(x: Array, eps: float = 1e-10) -> Array:
     positive = power > 0
     norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, power, 1.0)), 0.0)
     return x / (norm + eps)
-
-
-def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
-    """Bilinear with pixel centres at halves and edges repeated (PyTorch's `align_corners=False`); [N, H, W, C]."""
-    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
 
 
 # --- networks ---
@@ -158,7 +149,7 @@ class LPIPS(nn.Module):
         return self.heads(self.features(x), self.features(y))
 
     def features(self, images: Array) -> tuple[Array, ...]:
-        return tuple(normalize_channels(f) for f in self.backbone((images - _SHIFT) / _SCALE))
+        return tuple(normalize_channels(f) for f in self.backbone(imagenet(images)))
 
 
 # --- functions ---
@@ -192,11 +183,7 @@ def features(params: Params, images: Array, net: Net) -> tuple[Array, ...]:
       ValueError: an unknown `net`, images of another shape or kind, or too small for the network.
     """
     _check_net(net)
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be floating point in [-1, 1], not {images.dtype}")
-    if min(images.shape[1:3]) < MIN_SIZE[net]:
+    if images.ndim == 4 and min(images.shape[1:3]) < MIN_SIZE[net]:
         height, width = images.shape[1:3]
         raise ValueError(f"LPIPS with {net} needs at least {MIN_SIZE[net]} pixels a side, not {height} x {width}")
     return LPIPS(net).apply({"params": params}, images, method="features")  # type: ignore[return-value]

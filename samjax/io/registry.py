@@ -1,0 +1,288 @@
+"""The files of the official categories: what they are, where they lie, and the one way in which samjax downloads.
+
+Files go to a cache, `cache_folder()`: `downloads/` as they are distributed, with the hashes seen at first use in
+`hashes.json`. A download that breaks off goes on where it was; a file has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samjax.errors import UserError
+from samjax.io import files
+
+_SAM = "https://www.cs.cmu.edu/~SAMInversion/ckpt"
+_NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2/networks"
+_ADE20K = "http://sceneparsing.csail.mit.edu/model/pytorch/ade20k-resnet50dilated-ppm_deepsup"
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/COCO-PanopticSegmentation/panoptic_fpn_R_101_3x/139514519"
+_EDITS = "https://raw.githubusercontent.com/adobe-research/sam_inversion/93d3bd6aabd3f395593dd8c2213812bb060e0970/edits"
+
+_NVIDIA_LICENCE = "Nvidia Source Code License-NC: non-commercial"
+_SAM_LICENCE = "Adobe Research License: non-commercial research"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """One file that others distribute.
+
+    Attributes:
+      name: under which its authors distribute it.
+      url: address; of a page rather than the file where `by_hand`.
+      megabytes: size, rounded.
+      licence: of the file, in short.
+      role: what it becomes: "generator", "encoder", "invertibility", "segmenter" or "edits".
+      network: the network that it holds, a key of `samjax.io.checkpoints.NETWORKS`; "" for edits.
+      sha256: of its contents, where its authors state it; elsewhere the first download's counts.
+      by_hand: whether its host gives it to browsers only.
+    """
+
+    name: str
+    url: str
+    megabytes: float
+    licence: str
+    role: str
+    network: str = ""
+    sha256: str | None = None
+    by_hand: bool = False
+
+    @property
+    def size(self) -> str:
+        return f"{self.megabytes:.0f} MB" if self.megabytes >= 1 else f"{1000 * self.megabytes:.0f} kB"
+
+
+def _edits(category: str, names: str) -> tuple[WeightFile, ...]:
+    megabytes = {"cars": 0.033, "faces": 0.037, "cats": 0.029}[category]
+    return tuple(
+        WeightFile(f"csc_{name}.npy", f"{_EDITS}/{category}/csc_{name}.npy", megabytes, _SAM_LICENCE, "edits")
+        for name in names.split()
+    )
+
+
+CATEGORY_FILES: Mapping[str, tuple[WeightFile, ...]] = {
+    "cars": (
+        WeightFile(
+            "stylegan2-car-config-f.pkl", f"{_NVIDIA}/stylegan2-car-config-f.pkl", 357, _NVIDIA_LICENCE, "generator",
+            "generator",
+        ),
+        WeightFile(
+            "e4e_cars_encode.pt", f"{_SAM}/e4e_cars_encode.pt", 1100, "MIT (code); weights by the authors of SAM",
+            "encoder", "e4e",
+        ),
+        WeightFile(
+            "invertibility_cars_sg2.pt", f"{_SAM}/invertibility_cars_sg2.pt", 238, _SAM_LICENCE, "invertibility",
+            "invertibility",
+        ),
+        WeightFile(
+            "encoder_epoch_20.pth", f"{_ADE20K}/encoder_epoch_20.pth", 95, "BSD-3-Clause", "segmenter", "ade20k"
+        ),
+        WeightFile(
+            "decoder_epoch_20.pth", f"{_ADE20K}/decoder_epoch_20.pth", 103, "BSD-3-Clause", "segmenter", "ade20k"
+        ),
+        *_edits("cars", "black blue model_t muscle rims snow starwars suv windows_closed windows_open"),
+    ),
+    "faces": (
+        WeightFile(
+            "stylegan2-ffhq-config-f.pkl", f"{_NVIDIA}/stylegan2-ffhq-config-f.pkl", 364, _NVIDIA_LICENCE, "generator",
+            "generator",
+        ),
+        WeightFile(
+            "e4e_ffhq_encode.pt", f"{_SAM}/e4e_ffhq_encode.pt", 1200, "MIT (code); weights by the authors of e4e",
+            "encoder", "e4e",
+        ),
+        WeightFile(
+            "invertibility_faces_sg2.pt", f"{_SAM}/invertibility_faces_sg2.pt", 238, _SAM_LICENCE, "invertibility",
+            "invertibility",
+        ),
+        WeightFile(
+            "79999_iter.pth", "https://drive.google.com/open?id=154JgKpzCPW82qINcVieuPH3fZ2e0P812", 53, "MIT",
+            "segmenter", "bisenet", by_hand=True,
+        ),
+        *_edits(
+            "faces",
+            "eyebrows_thick eyebrows_thin glasses_add glasses_remove laughing nose_big nose_small old sad young",
+        ),
+    ),
+    "cats": (
+        WeightFile(
+            "stylegan2-cat-config-f_sg2adapyt.pkl", f"{_SAM}/stylegan2-cat-config-f_sg2adapyt.pkl", 345,
+            _NVIDIA_LICENCE, "generator", "generator",
+        ),
+        WeightFile(
+            "e4e_lsuncats_encode.pt", f"{_SAM}/e4e_lsuncats_encode.pt", 1000, _SAM_LICENCE, "encoder", "e4e"
+        ),
+        WeightFile(
+            "invertibility_lsuncats_sg2.pt", f"{_SAM}/invertibility_lsuncats_sg2.pt", 238, _SAM_LICENCE,
+            "invertibility", "invertibility",
+        ),
+        WeightFile(
+            "model_final_cafdb1.pkl", f"{_DETECTRON2}/model_final_cafdb1.pkl", 261, "CC BY-SA 3.0 (Detectron2)",
+            "segmenter", "mask_rcnn",
+        ),
+        *_edits("cats", "egyptian eyes_large eyes_small nose_pink siamese surprised"),
+    ),
+}  # fmt: skip
+"""Every file of each official category."""
+
+
+def cache_folder() -> Path:
+    """Where downloads and conversions are kept: SAMJAX_CACHE, or the system's folder for caches."""
+    if given := os.environ.get("SAMJAX_CACHE"):
+        return Path(given)
+    import pooch
+
+    return Path(pooch.os_cache("samjax"))
+
+
+def find(file: WeightFile, category: str, folders: Sequence[Path]) -> Path | None:
+    """`file` in the first of `folders` that has it, there or in its `ckpt/` or `edits/CATEGORY/`, as the authors'
+    checkout has them."""
+    inside = ("edits/" + category, category) if file.role == "edits" else ("", "ckpt")
+    for folder in folders:
+        for part in inside:
+            if (path := folder / part / file.name).is_file():
+                return path
+    return None
+
+
+def missing(category: str, absent: Sequence[WeightFile], reasons: Sequence[str] = ()) -> UserError:
+    """What to do about files that are not there: each with its address and where to put it."""
+    details = []
+    for file in absent:
+        by_hand = "; with a browser, its host gives it to nothing else" if file.by_hand else ""
+        where = f"edits/{category}/" if file.role == "edits" else ""
+        details.append(f"DIR/{where}{file.name} from {file.url} ({file.size}; {file.licence}{by_hand})")
+    count = "a file" if len(absent) == 1 else f"{len(absent)} files"
+    return UserError(
+        f"{count} of the category {category} cannot be found: fetch all with `python -m ckpt_convert get {category}`,"
+        " or put them into a folder DIR and give --weights DIR:",
+        [*details, *reasons],
+    )
+
+
+# --- downloads ---
+
+
+class _Resuming:
+    """A downloader for pooch that goes on with what an earlier, broken attempt left in `part`."""
+
+    def __init__(self, part: Path, label: str, progress: bool) -> None:
+        self.part, self.label, self.progress = part, label, progress
+
+    def __call__(self, url: str, output_file: Any, _: Any) -> None:
+        import requests
+        from tqdm import tqdm
+
+        state = self.part.with_suffix(".state")  # what the part is a part of
+        have = self.part.stat().st_size if self.part.exists() and state.exists() else 0
+        headers = {"Range": f"bytes={have}-", "If-Range": state.read_text()} if have else {}
+        with requests.get(url, headers=headers, stream=True, timeout=60) as response:
+            if response.status_code == 416:  # it was complete, or it changed: from the start
+                have = 0
+                response.close()
+                response = requests.get(url, stream=True, timeout=60)
+            response.raise_for_status()
+            have = have if response.status_code == 206 else 0
+            if "text/html" in response.headers.get("Content-Type", ""):
+                raise UserError(f"{url} gave a web page instead of the file")
+            state.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+            if not state.read_text():
+                state.unlink()  # nothing to tell by whether the file stayed the same: not resumed
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with self.part.open("ab" if have else "wb") as out, tqdm(
+                desc=self.label, total=total, initial=have, unit="B", unit_scale=True, disable=not self.progress
+            ) as bar:
+                for chunk in response.iter_content(2**20):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+        size = self.part.stat().st_size
+        if total is not None and size != total:
+            raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
+        os.replace(self.part, output_file)
+        state.unlink(missing_ok=True)
+
+
+def _read_hashes(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: delete it, and the downloads beside it") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise UserError(f"{path} is damaged: delete it, and the downloads beside it")
+    return found
+
+
+def download(file: WeightFile, category: str, cache: Path, *, progress: bool = True) -> Path:
+    """`file` in the cache, downloaded if it is not there.
+
+    Its hash must be the stated one; where none is stated, the one seen at its first download.
+
+    Args:
+      file: from `CATEGORY_FILES`.
+      category: whose; keeps edits of the same name apart.
+      cache: see `cache_folder`.
+      progress: whether to draw a bar.
+
+    Returns:
+      Its path.
+
+    Raises:
+      UserError: its host cannot be reached or lacks it, gives something else than before, or the disk refuses.
+    """
+    folder = cache / "downloads" / (f"edits/{category}" if file.role == "edits" else "")
+    path, record = folder / file.name, cache / "downloads" / "hashes.json"
+    key = path.relative_to(cache / "downloads").as_posix()
+    if path.is_file():
+        return path
+    if file.by_hand:
+        raise UserError(f"{file.name} comes from {file.url} by browser only: save it as {path}")
+    hashes = _read_hashes(record)
+    expected = file.sha256 or hashes.get(key)
+    import pooch
+    import requests
+
+    files.output_folder(folder)
+    get = _Resuming(folder / f"{file.name}.part", file.name, progress)
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")  # it would print the hash of every file
+    try:
+        pooch.retrieve(file.url, f"sha256:{expected}" if expected else None, file.name, folder, downloader=get)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(
+            f"{file.url} is not the file that it was (its sha256 should be {expected}): nothing was kept; if the change"
+            f" is meant, delete {key} from {record}"
+        ) from error
+    except (requests.RequestException, OSError) as error:
+        raise UserError(f"{file.url} cannot be fetched ({_reason(error)}): what came is kept and will go on") from error
+    finally:
+        logger.setLevel(level)
+    if not expected:
+        with path.open("rb") as opened:
+            hashes[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+        try:
+            files.write_json(record, hashes)
+        except UserError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+    return path
+
+
+def _reason(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"the host says {response.status_code}"
+    text = str(error)
+    if "resolve" in text or "Connection" in type(error).__name__ or "Max retries" in text:
+        return "no connection" if "came" not in text else text
+    return text.splitlines()[0][:160] if text else type(error).__name__

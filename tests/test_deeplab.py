@@ -1,0 +1,396 @@
+"""The invertibility predictor against the reference's numbers, its files, and what training needs of it."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_weights import load_fill
+
+from ckpt_convert import deeplab as table
+from ckpt_convert import tables
+from ckpt_convert.formats.torch_file import Storage, Tensor
+from samjax.config import LATENT_NAMES
+from samjax.errors import UserError
+from samjax.io import checkpoints
+from samjax.nets import deeplab
+from samjax.nets.deeplab import PredictorConfig
+
+TOLERANCE = 1e-4  # of an array's spread: what float32 sums in another order allow
+SMALL = PredictorConfig(("W+", "F6"), 3, blocks=(1, 1, 1, 2), width=4, decoder_width=8, low_level_width=6)
+KEY = jax.random.key(0, impl="rbg")  # compiles faster than the usual kind
+UNEVEN = dataclasses.replace(SMALL, blocks=(2, 1, 12, 3))  # for files; nothing is compiled for it
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """`array` as our reader of torch files gives it."""
+    array = np.ascontiguousarray(array)
+    storage = Storage(array.dtype, array.size, lambda: memoryview(array.tobytes()))
+    return Tensor(storage, 0, array.shape, tuple(step // array.itemsize for step in array.strides))
+
+
+def tree(config: PredictorConfig) -> dict[str, Any]:
+    return checkpoints.flatten(jax.eval_shape(lambda: deeplab.init(config, key=jax.random.key(0))))
+
+
+def convert(*objects: Any) -> tuple[PredictorConfig, dict[str, np.ndarray]]:
+    """Config and our flat variables from what files hold."""
+    stored = table.NETWORK.find(objects)
+    assert stored is not None
+    config = table.NETWORK.config(stored)
+    shapes = {path: leaf.shape for path, leaf in tree(config).items()}
+    return config, tables.to_ours(table.NETWORK.rows, stored, shapes, "predictor", ignored=table.NETWORK.ignored)
+
+
+def errors(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.ptp(theirs))
+
+
+# --- the reference ---
+
+
+@pytest.fixture(scope="module")
+def published(golden) -> dict[str, Any]:
+    """The case's weights as a published file holds them."""
+    case, fill = golden("invertibility_A"), load_fill().fan_scaled
+
+    def state(key: str, salt: str) -> dict[str, Tensor]:
+        return {name: tensor(fill(name, tuple(shape), salt)) for name, shape in json.loads(str(case[key]))}
+
+    heads = {name: state("head_weights", f"A/{name}") for name in reversed(LATENT_NAMES)}
+    return {**heads, "sd_base": state("weights", "A")}
+
+
+@pytest.fixture(scope="module")
+def outputs(golden, published) -> tuple[np.ndarray, np.ndarray]:
+    """Features and maps of the case's picture, NCHW, from the same variables."""
+    config, flat = convert(published)
+    assert config == PredictorConfig()  # the authors', with the layers in their order, whatever the file's
+    images = golden("invertibility_A")["x"].transpose(0, 2, 3, 1)
+
+    @jax.jit
+    def both(variables, images):
+        return deeplab.base(variables, images, config), deeplab.predict(variables, images, config)
+
+    features, maps = both(checkpoints.unflatten(flat), images)
+    return np.asarray(features).transpose(0, 3, 1, 2), np.asarray(maps)
+
+
+def test_features_match_reference(golden, outputs):
+    case, features = golden("invertibility_A"), outputs[0]
+    area4 = features.reshape(1, 8, 48, 4, 64, 4).mean((3, 5))
+    assert errors(area4, case["base_area4"]) < TOLERANCE
+    assert errors(features[:, :, :16, :16], case["base_corner"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_maps_match_reference(i, golden, outputs):
+    assert errors(outputs[1][:, i : i + 1], golden("invertibility_A")[f"map_{LATENT_NAMES[i]}"]) < TOLERANCE
+
+
+# --- files ---
+
+
+def random_variables(config: PredictorConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Flat variables of ordinary size, none at its default, which leave the heads' last ReLU open."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for path, leaf in tree(config).items():
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path.endswith("kernel"):
+            values *= np.float32(math.sqrt(2 / np.prod(leaf.shape[:-1])))
+        elif path.endswith(("scale", "var")):
+            values = 1 + 0.3 * np.tanh(values)
+        else:
+            values = np.float32(0.1) * values + np.float32("conv2/bias" in path)
+        flat[path] = values
+    return flat
+
+
+def their_file(flat: dict[str, np.ndarray]) -> dict[str, dict[str, Tensor]]:
+    """The published file that would hold these variables: the table the other way."""
+    file: dict[str, dict[str, Tensor]] = {}
+    for path, values in flat.items():
+        name, layout = tables.find(table.NETWORK.rows, path)
+        part, _, rest = name.partition(".")
+        file.setdefault(part, {})[rest] = tensor(layout.theirs(values))
+        if rest.endswith("running_var"):
+            counter = rest.replace("running_var", "num_batches_tracked")
+            file[part][counter] = tensor(np.zeros((), np.int64))
+    return file
+
+
+@pytest.fixture
+def small_file() -> dict[str, dict[str, Tensor]]:
+    return their_file(random_variables(UNEVEN))
+
+
+def test_conversion_takes_every_array_there_and_back(published):
+    _, flat = convert(published)
+    back = their_file(flat)
+    assert {k: list(v) for k, v in back.items()}.keys() == published.keys()
+    for part, state in published.items():
+        assert back[part].keys() == state.keys()
+        for name, array in state.items():
+            np.testing.assert_array_equal(back[part][name].array(), array.array(), err_msg=f"{part} {name}")
+
+
+def test_small_predictors_are_recognised(small_file):
+    config, flat = convert(small_file)
+    assert config == UNEVEN
+    for path, values in random_variables(UNEVEN).items():
+        np.testing.assert_array_equal(flat[path], values, err_msg=path)
+
+
+def test_transposed_convolutions_are_stored_as_ordinary_ones(small_file):
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    _, flat = convert(small_file)
+    x = np.random.default_rng(1).standard_normal((2, 5, 7, 3)).astype(np.float32)
+    state = {name: torch.from_numpy(array.array().copy()) for name, array in small_file["F6"].items()}
+    nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    y = torch.nn.functional.conv_transpose2d(nchw, state["m.0.weight"], state["m.0.bias"], padding=1)
+    norm = [state[f"m.1.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")]
+    y = torch.nn.functional.leaky_relu(torch.nn.functional.batch_norm(y, *norm), 0.2)
+    y = torch.nn.functional.conv_transpose2d(y, state["m.3.weight"], state["m.3.bias"]).relu()
+    nested = checkpoints.unflatten(flat)
+    ours = deeplab.Head().apply({kind: nested[kind]["head_F6"] for kind in nested}, jnp.asarray(x))
+    assert errors(np.asarray(ours), y[:, 0].numpy()) < TOLERANCE
+
+
+def test_files_of_a_training_epoch(small_file):
+    """As `torch.nn.DataParallel` names the arrays, and with whose head it is in the file's name only."""
+    wrapped = {part: {f"module.{name}": a for name, a in state.items()} for part, state in small_file.items()}
+    files = {"099_head_F6.pt": wrapped["F6"], "099_head_W+.pt": wrapped["W+"], "099_main.pt": wrapped["sd_base"]}
+    together = table.of_epoch(files)
+    assert together is not None
+    config, flat = convert(together)
+    assert config == UNEVEN
+    for path, values in random_variables(UNEVEN).items():
+        np.testing.assert_array_equal(flat[path], values, err_msg=path)
+
+    assert table.of_epoch({}) is None
+    assert table.of_epoch({**files, "notes.pt": {}}) is None
+    heads = {name: held for name, held in files.items() if "head" in name}
+    for wrong in (heads, {"099_main.pt": wrapped["sd_base"]}, {"004_main.pt": wrapped["sd_base"], **heads}):
+        with pytest.raises(UserError, match=r"not a whole predictor: give NNN_main\.pt and NNN_head_W"):
+            table.of_epoch(wrong)
+    for lone in ([wrapped["sd_base"]], [wrapped["W+"]], [wrapped["sd_base"], wrapped["W+"], wrapped["F6"]]):
+        with pytest.raises(UserError, match=r"a part of an invertibility predictor: give NNN_main\.pt"):
+            table.find(lone)
+
+
+def test_all_faults_of_a_file_are_listed(small_file):
+    base = small_file["sd_base"]
+    del base["decoder.last_conv.8.bias"]
+    base["aspp.aspp9.bn.bias"] = tensor(np.zeros(8, np.float32))
+    base["backbone.layer4.1.bn2.weight"] = tensor(np.zeros(5, np.float32))
+    small_file["W+"]["m.0.weight"] = tensor(np.zeros((4, 3, 3, 3), np.float32))
+    with pytest.raises(UserError) as error:
+        convert(small_file)
+    for part in ("1 missing: sd_base.decoder.last_conv.8.bias", "1 unexpected: sd_base.aspp.aspp9.bn.bias",
+                 "sd_base.backbone.layer4.1.bn2.weight [5] instead of [32]",
+                 "W+.m.0.weight [4, 3, 3, 3] instead of [3, 4, 3, 3]"):  # fmt: skip
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("objects", [[], [{}], [[1]], [{"state_dict": {}}], [{"a.weight": tensor(np.zeros(2))}]])
+def test_other_files_are_not_taken(objects):
+    assert table.find(objects) is None
+
+
+def test_what_is_nearly_a_predictor_is_named(small_file):
+    base, head = small_file["sd_base"], small_file["W+"]
+    cases: list[tuple[list[Any], str]] = [
+        ([{"sd_base": base}], "this file's heads: none"),
+        ([{**small_file, "F12": head}], "this file's heads: .*F12"),
+        ([{**small_file, 7: head}], "this file's heads: .*7"),
+        ([small_file, {}], "give it alone"),
+        ([{**small_file, "W+": 3}], r"W\+ in the file is not a state dict"),
+        ([{**small_file, "sd_base": {"a": 1}}], "sd_base in the file is not a state dict"),
+    ]
+    for objects, message in cases:
+        with pytest.raises(UserError, match=message):
+            table.find(objects)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("backbone.conv1.weight", None, "backbone.conv1.weight is missing"),
+        ("backbone.layer3.0.conv1.weight", None, "layer3.0.conv1.weight is missing"),
+        ("aspp.conv1.weight", (3,), r"aspp.conv1.weight has the shape \[3\]"),
+        ("decoder.conv1.weight", (0, 16, 1, 1), r"decoder.conv1.weight has the shape \[0, 16, 1, 1\]"),
+        ("decoder.last_conv.8.weight", (2**40, 8, 1, 1), "decoder.last_conv.8.weight has the shape"),
+    ],
+)
+def test_shapes_of_no_predictor(small_file, name, shape, message):
+    base = small_file["sd_base"]
+    base[name] = None if shape is None else dataclasses.replace(base[name], shape=shape)
+    small_file["sd_base"] = {key: value for key, value in base.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        convert(small_file)
+
+
+# --- prediction ---
+
+predict = jax.jit(deeplab.predict, static_argnames="config")
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Any]:
+    return checkpoints.unflatten(random_variables(SMALL))
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).uniform(-1, 1, shape).astype(np.float32)
+
+
+def test_one_and_many_agree_at_an_odd_size_in_any_order_of_layers(small):
+    images = random_images(3, 37, 53, 3)
+    many = np.asarray(predict(small, images, SMALL))
+    assert many.shape == (3, 2, 37, 53)
+    assert many.min() >= 0
+    assert min(errors(many[i], many[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1  # else nothing is compared
+    one = np.asarray(predict(small, images[1:2], dataclasses.replace(SMALL, latent_names=("F6", "W+"))))
+    assert errors(one, many[1:2, ::-1]) < 1e-5  # float32 rounding
+
+
+def test_pyramid_reaches_as_far_as_the_reference(small):
+    """The golden picture is too small for the largest dilation: its outer taps all lie outside."""
+    impulse = np.zeros((1, 41, 41, 128), np.float32)
+    impulse[0, 20, 20] = 1
+    part = {kind: small[kind]["base"]["aspp"] for kind in small}
+    only_convs = lambda module, _: (module.name or "").startswith("aspp")  # noqa: E731
+    _, state = deeplab.ASPP(8).apply(part, impulse, capture_intermediates=only_convs, mutable=["intermediates"])
+    for name, rate in (("aspp1", 0), ("aspp2", 6), ("aspp3", 12), ("aspp4", 18)):
+        reached = np.asarray(state["intermediates"][f"{name}_conv"]["__call__"][0])[0].any(axis=-1)
+        expected = np.zeros((41, 41), bool)
+        expected[np.ix_(*[[20 - rate, 20, 20 + rate]] * 2)] = True
+        np.testing.assert_array_equal(reached, expected, err_msg=name)
+
+
+def test_smallest_picture(small):
+    maps = np.asarray(predict(small, random_images(1, 1, 2, 3), SMALL))
+    assert maps.shape == (1, 2, 1, 2)
+    assert np.isfinite(maps).all()
+
+
+# --- training ---
+
+
+def test_training_normalises_by_the_batch_and_remembers_it(small, monkeypatch):
+    """With dropout out of the way: prediction by the statistics of a batch is training's output for it."""
+    rates = []
+
+    def nothing(self, x):
+        rates.append((self.rate, self.deterministic))
+        return x
+
+    monkeypatch.setattr(deeplab.nn.Dropout, "__call__", nothing)
+    images = random_images(3, 37, 53, 3)
+    maps, stats = jax.jit(lambda v, x, k: deeplab.train_maps(v, x, SMALL, key=k))(small, images, KEY)
+    assert rates == [(0.5, False), (0.5, False), (0.1, False)]
+    assert jax.tree.structure(stats) == jax.tree.structure(small["batch_stats"])
+    batch = jax.tree.map(lambda new, old: (new - 0.9 * old) / 0.1, stats, small["batch_stats"])
+    expected = np.asarray(predict({"params": small["params"], "batch_stats": batch}, images, SMALL))
+    # The statistics were reconstructed from a tenth of themselves, which costs a digit.
+    assert errors(np.asarray(maps), expected) < 1e-3
+    assert errors(np.asarray(predict(small, images, SMALL)), expected) > 0.1  # the remembered ones give something else
+
+
+def test_gradients_and_dropout(small):
+    images = random_images(2, 32, 48, 3)
+
+    @jax.jit
+    def step(params, stats, images, key):
+        def loss(params):
+            maps, new = deeplab.train_maps({"params": params, "batch_stats": stats}, images, SMALL, key=key)
+            return jnp.mean(jnp.square(maps - 1.5)), (maps, new)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    run = lambda seed: step(small["params"], small["batch_stats"], images, jax.random.key(seed, impl="rbg"))  # noqa: E731
+    (grads, (maps, stats)), again, other = run(0), run(0)[1][0], run(1)[1][0]
+    np.testing.assert_array_equal(maps, again)
+    assert errors(np.asarray(other), np.asarray(maps)) > 0.05
+    for path, grad in checkpoints.flatten(grads).items():
+        assert np.isfinite(grad).all(), path
+        # The heads' first bias is taken out again by the normalisation behind it.
+        assert np.abs(grad).max() > 0 or path.endswith("conv1/bias"), path
+    for path, old in checkpoints.flatten(small["batch_stats"]).items():
+        assert not np.array_equal(checkpoints.flatten(stats)[path], old), path
+
+
+def test_start_of_training():
+    config = dataclasses.replace(SMALL, blocks=(1, 1, 1, 1), width=16, decoder_width=64, low_level_width=32)
+    deviations = {  # sqrt(2 / fan): fan-out in the backbone, fan-in behind it
+        "backbone/conv1": math.sqrt(2 / (49 * 16)),
+        "backbone/layer4_0/conv2": math.sqrt(2 / (9 * 128)),
+        "backbone/layer4_0/conv3": math.sqrt(2 / 512),
+        "backbone/layer2_0/downsample_conv": math.sqrt(2 / 128),
+        "aspp/aspp2_conv": math.sqrt(2 / (9 * 512)),
+        "decoder/conv2": math.sqrt(2 / (9 * 96)),
+        "decoder/conv4": math.sqrt(2 / 64),
+    }
+
+    @jax.jit
+    def start(key):
+        flat = checkpoints.flatten(deeplab.init(config, key=key))
+        # Of the kernels those looked at only: each costs the compiler a second.
+        looked_at = [f"params/base/{module}/kernel" for module in deviations]
+        return {k: v for k, v in flat.items() if k in looked_at or "head_W+" in k or not k.endswith("kernel")}
+
+    flat = start(KEY)
+    for module, expected in deviations.items():
+        kernel = flat[f"params/base/{module}/kernel"]
+        # Within four standard errors of the estimate.
+        assert float(jnp.std(kernel)) == pytest.approx(expected, rel=4 / math.sqrt(2 * kernel.size)), module
+    for module, limit in (("conv1", 1 / 6), ("conv2", 1.0)):
+        values = jnp.concatenate([flat[f"params/head_W+/{module}/{leaf}"].ravel() for leaf in ("kernel", "bias")])
+        assert limit / 3 < float(jnp.abs(values).max()) <= limit
+    assert 0 < float(jnp.abs(flat["params/base/decoder/conv4/bias"]).max()) <= 1 / 8
+    for path, values in flat.items():
+        if path.endswith(("scale", "var")):
+            assert np.all(np.asarray(values) == 1), path
+        elif path.endswith(("mean", "bn1/bias", "bn2/bias", "bn3/bias")):
+            assert not np.asarray(values).any(), path
+
+
+# --- bad arguments ---
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent_names", ()),
+        ("latent_names", ("W+", "W+")),
+        ("latent_names", ("W+", "F12")),
+        ("blocks", (3, 4, 23)),
+        ("blocks", (3, 4, 0, 3)),
+        ("features", 0),
+        ("width", 0),
+        ("decoder_width", -1),
+        ("low_level_width", 0),
+    ],
+)
+def test_configs_are_checked(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        PredictorConfig(**{field: value})
+
+
+def test_images_are_checked(small):
+    train = lambda v, x, c: deeplab.train_maps(v, x, c, key=KEY)  # noqa: E731
+    for call in (deeplab.base, deeplab.predict, train):
+        for images in (jnp.zeros((8, 8, 3)), jnp.zeros((2, 8, 8, 4))):
+            with pytest.raises(ValueError, match=r"\[N, H, W, 3\]"):
+                call(small, images, SMALL)
+        with pytest.raises(ValueError, match="floating point"):
+            call(small, jnp.zeros((2, 8, 8, 3), jnp.uint8), SMALL)
+    with pytest.raises(ValueError, match="at least two images"):
+        train(small, jnp.zeros((1, 8, 8, 3)), SMALL)

@@ -1,0 +1,616 @@
+"""Mask R-CNN against the reference's numbers, its operations against plain loops, its files, and any canvas.
+
+The golden case holds its picture as it was before it was enlarged to 320 px; every 8th channel of the pyramid, p2 and
+p3 averaged over 2 x 2; and Detectron2's results for the rest.
+"""
+
+import functools
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_weights import load_fill
+
+from ckpt_convert import tables
+from ckpt_convert.formats import arrays
+from ckpt_convert.formats.arrays import PickledArray, PickledDtype
+from ckpt_convert.mask_rcnn import NETWORK
+from samjax import segmentation
+from samjax.errors import UserError
+from samjax.io import checkpoints, pickles
+from samjax.nets import mask_rcnn
+from samjax.nets.mask_rcnn import Detections, MaskRCNNConfig
+
+TOLERANCE = 1e-4  # of an array's spread: what float32 sums in another order allow
+SMALL = MaskRCNNConfig(
+    num_classes=5, features=4, blocks=(1, 2, 1, 1), channels=8, hidden=16, proposals=60, detections=20
+)
+SCALES = {"stem_conv": 0.01, "anchor_deltas": 0.3, "bbox_pred": 3, "cls_score": 0.5}  # of a random network's layers
+FOUND = 10  # at least, for a comparison of detections to say anything
+State = dict[str, PickledArray]
+
+
+def stored(array: np.ndarray) -> PickledArray:
+    """`array` as our reader of pickles gives it."""
+    result = PickledArray()
+    result.__setstate__((1, array.shape, PickledDtype(array.dtype.str[1:]), False, array.tobytes()))
+    return result
+
+
+@functools.cache
+def tree(config: MaskRCNNConfig) -> dict[str, Any]:
+    return checkpoints.flatten(jax.eval_shape(lambda: mask_rcnn.init(config, key=jax.random.key(0))))
+
+
+def convert(*objects: Any) -> tuple[MaskRCNNConfig, dict[str, np.ndarray]]:
+    """Config and our flat variables from what files hold."""
+    stored = NETWORK.find(objects)
+    assert stored is not None
+    config = NETWORK.config(stored)
+    shapes = {path: leaf.shape for path, leaf in tree(config).items()}
+    return config, tables.to_ours(NETWORK.rows, stored, shapes, "Mask R-CNN", ignored=NETWORK.ignored)
+
+
+# --- the reference ---
+
+
+@pytest.fixture(scope="module")
+def published(golden) -> State:
+    """The case's weights as the published file has them; the rule leaves out what the network computes."""
+    case, fill = golden("maskrcnn_A"), load_fill().maskrcnn
+    filled = {name: fill(name, tuple(shape), str(case["salt"])) for name, shape in json.loads(str(case["weights"]))}
+    return {name: stored(array) for name, array in filled.items() if array is not None}
+
+
+@pytest.fixture(scope="module")
+def converted(published) -> tuple[MaskRCNNConfig, dict[str, np.ndarray]]:
+    return convert({"model": published, "__author__": "Detectron2 Model Zoo"})
+
+
+class Stages(NamedTuple):
+    pyramid: dict[str, np.ndarray]
+    rpn: dict[str, tuple[np.ndarray, np.ndarray]]
+    proposals: mask_rcnn.Proposals
+    pooled: np.ndarray
+    boxes: tuple[np.ndarray, np.ndarray]
+    masks: np.ndarray
+    detections: Detections
+    labels: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def stages(golden, converted) -> Stages:
+    """All stages on the case's picture, compiled together: what `detect` does again is computed once."""
+    case, (config, flat) = golden("maskrcnn_A"), converted
+    height, width = case["image"].shape[1:]
+
+    @jax.jit
+    def run(variables, picture, boxes, classes):
+        image = jax.image.resize(picture, (320, 320, 3), "bilinear")
+        pyramid = mask_rcnn.features(variables, image, config)
+        outputs = mask_rcnn.rpn(variables, pyramid, config)
+        found = mask_rcnn.detect(variables, image, config, output_size=(height, width))
+        return Stages(
+            dict(pyramid),
+            outputs,
+            mask_rcnn.proposals(outputs, config),
+            mask_rcnn.pool(pyramid, boxes, 7),
+            mask_rcnn.box_head(variables, pyramid, boxes, config),
+            mask_rcnn.mask_head(variables, pyramid, boxes, classes, config),
+            found,
+            mask_rcnn.paint(found, height, width),
+        )
+
+    picture = case["image"].transpose(1, 2, 0).astype(np.float32)
+    result = run(checkpoints.unflatten(flat), picture, case["boxes"], case["classes"].astype(np.int32))
+    return jax.tree.map(np.asarray, result)
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() < TOLERANCE * np.ptp(theirs)
+
+
+def test_pyramid_matches_reference(golden, stages):
+    for name in mask_rcnn.STRIDES:
+        ours = stages.pyramid[name].transpose(2, 0, 1)[None, ::8]
+        if name in ("p2", "p3"):
+            _, channels, height, width = ours.shape
+            ours = ours.reshape(1, channels, height // 2, 2, width // 2, 2).mean((3, 5))
+        assert close(ours, golden("maskrcnn_A")[f"fpn_{name}"]), name
+
+
+def test_rpn_matches_reference(golden, stages):
+    for name in ("p3", "p4", "p5", "p6"):
+        for ours, part in zip(stages.rpn[name], ("logits", "deltas"), strict=True):
+            assert close(ours.transpose(2, 0, 1)[None], golden("maskrcnn_A")[f"rpn_{part}_{name}"]), name
+
+
+def test_proposals_match_reference(golden, stages):
+    case, ours = golden("maskrcnn_A"), stages.proposals
+    assert ours.valid.sum() == case["n_proposals"]
+    assert np.all(np.diff(ours.scores[ours.valid]) <= 0)
+    assert close(ours.scores[:20], case["objectness_top20"])
+    # Boxes are exponentials of deltas, themselves sums of thousands of terms: 4e-5 of the picture's side was seen.
+    assert np.abs(ours.boxes[:20] - case["proposals_top20"]).max() < 2e-4 * 320
+
+
+def test_box_head_matches_reference(golden, stages):
+    case = golden("maskrcnn_A")
+    assert close(stages.pooled.mean((1, 2)), case["pooled_mean"])
+    assert close(stages.boxes[0], case["box_scores"])
+    assert close(stages.boxes[1].reshape(12, -1), case["box_deltas"])
+
+
+def test_mask_head_matches_reference(golden, stages):
+    assert close(stages.masks, golden("maskrcnn_A")["masks"][:, 0])
+
+
+def test_detections_match_reference(golden, stages):
+    """Each of the reference's is among ours. An empty box takes the place of one more there; see `detect`."""
+    case, ours = golden("maskrcnn_A"), stages.detections
+    assert ours.valid.sum() in (case["n_instances"], case["n_instances"] + 1)
+    taken = set()
+    for box, score, label in zip(case["pred_boxes"], case["scores"], case["pred_classes"], strict=True):
+        away = np.abs(ours.boxes - box).max(1) + np.where(ours.valid & (ours.classes == label), 0, np.inf)
+        best = int(away.argmin())
+        assert away[best] < 2e-4 * 256  # as for proposals
+        assert abs(ours.scores[best] - score) < TOLERANCE
+        taken.add(best)
+    assert len(taken) == case["n_instances"]
+    assert np.all(np.diff(ours.scores) <= 0)
+    assert max(taken) < len(taken)  # what is ours alone comes last
+
+
+def test_labels_match_reference(golden, stages):
+    assert stages.labels.dtype == np.int32
+    # 99.99% were seen; the edge of one thing, or the order of two that are equally sure, is a matter of rounding.
+    assert np.mean(stages.labels == golden("maskrcnn_A")["labels"]) >= 0.99
+
+
+# --- operations ---
+
+
+def test_cell_anchors():
+    """Known figures, among them sqrt(1/2) times a side."""
+    np.testing.assert_allclose(
+        mask_rcnn.cell_anchors("p2"), [[-22.6274, -11.3137, 22.6274, 11.3137], [-16, -16, 16, 16],
+                                       [-11.3137, -22.6274, 11.3137, 22.6274]], atol=1e-4,
+    )  # fmt: skip
+    # Three for each cell in turn, along the rows: the 8th is the second of the third cell, in a row of two.
+    found = mask_rcnn.anchors("p6", jnp.array([1, 4, 7]), 2)
+    np.testing.assert_array_equal(found, [[-256, -256, 256, 256], [-192, -256, 320, 256], [-256, -192, 256, 320]])
+
+
+def test_decode_moves_and_scales_boxes():
+    box = jnp.array([10.0, 20.0, 30.0, 60.0])
+    for deltas, expected in (
+        ((0, 0, 0, 0), (10, 20, 30, 60)),
+        ((0.5, -0.25, 0, 0), (20, 10, 40, 50)),
+        ((0, 0, math.log(2), math.log(0.5)), (0, 30, 40, 50)),
+        ((0, 0, 50, 0), (20 - 625, 20, 20 + 625, 60)),  # no more than 62.5 times as wide
+    ):
+        np.testing.assert_allclose(mask_rcnn.decode(box, jnp.array(deltas, jnp.float32)), expected, rtol=1e-5)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union; 0 for boxes without area, which overlap nothing."""
+    sides = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
+    area = sides[0] * sides[1]
+    whole = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - area
+    return area / whole if whole else 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_suppression_is_greedy(seed):
+    """Coarse figures, so that scores are equal and overlaps exactly at the threshold; empty boxes are among them."""
+    rng = np.random.default_rng(seed)
+    low = rng.integers(0, 6, (120, 2))
+    boxes = np.concatenate([low, low + rng.integers(0, 6, (120, 2))], axis=1).astype(np.float32)
+    scores = (rng.integers(0, 12, 120) / 4).astype(np.float32)
+    scores[rng.random(120) < 0.1] = -np.inf
+    groups = rng.integers(0, 3, 120)
+    expected: list[int] = []
+    for i in np.argsort(-scores, kind="stable"):
+        if scores[i] > -np.inf and all(groups[i] != groups[j] or overlap(boxes[i], boxes[j]) <= 0.5 for j in expected):
+            expected.append(int(i))
+    call = jax.jit(mask_rcnn.suppress, static_argnames=("iou", "count"))
+    indices, valid = call(boxes, scores, groups, iou=0.5, count=110)
+    assert 30 < len(expected) < 100
+    np.testing.assert_array_equal(np.asarray(indices)[np.asarray(valid)], expected)
+    assert not np.any(valid[len(expected) :])
+    few, valid = call(boxes, scores, groups, iou=0.5, count=7)
+    np.testing.assert_array_equal(few, expected[:7])
+    assert np.all(valid)
+
+
+def roi_align(feature: np.ndarray, box: np.ndarray, stride: int, cells: int) -> np.ndarray:
+    """ROIAlign as it is defined: every bilinear sample on its own, in float64."""
+    height, width = feature.shape[:2]
+    x0, y0, x1, y1 = box.astype(np.float64) / stride - 0.5
+    counts = [math.ceil(side / cells) for side in (y1 - y0, x1 - x0)]
+    result = np.zeros((cells, cells, feature.shape[2]))
+    for i, j in np.ndindex(cells, cells):
+        for k, m in np.ndindex(*counts):
+            y = np.clip(y0 + (i + (k + 0.5) / counts[0]) * (y1 - y0) / cells, 0, height - 1)
+            x = np.clip(x0 + (j + (m + 0.5) / counts[1]) * (x1 - x0) / cells, 0, width - 1)
+            row, column = min(int(y), height - 2), min(int(x), width - 2)
+            v, u = y - row, x - column
+            part = feature[row : row + 2, column : column + 2]
+            result[i, j] += (1 - v) * ((1 - u) * part[0, 0] + u * part[0, 1])
+            result[i, j] += v * ((1 - u) * part[1, 0] + u * part[1, 1])
+    return result / max(np.prod(counts), 1)
+
+
+BOXES = {  # level, and a box for it; sides that are multiples of 7 cells must have that many samples and no more
+    "tiny": ("p2", (3.2, 5.1, 3.9, 6.3)),
+    "corner": ("p2", (500.0, 700.0, 512.0, 704.0)),
+    "21 cells": ("p2", (0.0, 0.0, 84.0, 84.0)),
+    "whole width": ("p2", (0.0, 100.0, 512.0, 115.5)),
+    "whole height": ("p2", (10.0, 0.0, 12.5, 704.0)),
+    "line": ("p2", (0.0, 33.0, 512.0, 33.01)),
+    "smallest of p3": ("p3", (100.0, 100.0, 212.0, 212.0)),
+    "tall of p3": ("p3", (200.0, 0.0, 250.0, 704.0)),
+    "largest of p3": ("p3", (77.7, 300.3, 301.6, 524.2)),
+    "p4": ("p4", (40.0, 50.0, 400.0, 290.0)),
+    "whole picture": ("p5", (0.0, 0.0, 512.0, 704.0)),
+    "empty": ("p2", (512.0, 10.0, 512.0, 80.0)),
+}
+
+
+def test_pooling_matches_its_definition():
+    """Also in a larger canvas, where other features lie beyond the picture."""
+    rng = np.random.default_rng(0)
+    # The picture has 690 x 500 pixels, which are filled up to 704 x 512.
+    levels = {n: rng.standard_normal((704 // s, 512 // s, 2)).astype(np.float32) for n, s in mask_rcnn.STRIDES.items()}
+    beyond = {n: rng.standard_normal((768 // s, 640 // s, 2)).astype(np.float32) for n, s in mask_rcnn.STRIDES.items()}
+    for name, x in levels.items():
+        beyond[name][: x.shape[0], : x.shape[1]] = x
+    boxes = np.array([box for _, box in BOXES.values()], np.float32)
+    call = jax.jit(mask_rcnn.pool, static_argnames="cells")
+    for cells in (7, 14):
+        ours, larger = call(levels, boxes, cells), call(beyond, boxes, cells, (690, 500))
+        for i, (name, (level, _)) in enumerate(BOXES.items()):
+            expected = roi_align(levels[level], boxes[i], mask_rcnn.STRIDES[level], cells)
+            np.testing.assert_allclose(ours[i], expected, atol=2e-5, err_msg=name)  # float32 positions, some 100 cells
+            np.testing.assert_allclose(larger[i], ours[i], atol=1e-6, err_msg=name)
+
+
+def some_detections(count: int = 6) -> Detections:
+    rng = np.random.default_rng(3)
+    boxes = np.array([[3.2, 4.1, 30.7, 20.2], [0, 0, 50, 40], [10, 10, 10.4, 11], [45, 2, 50, 3.5], [20, 30, 41, 40],
+                      [5, 5, 9, 9]], np.float32)  # fmt: skip
+    masks = rng.random((6, 28, 28), np.float32)
+    masks[1] = np.repeat(np.repeat(masks[1, ::7, ::7], 7, 0), 7, 1)
+    scores = np.linspace(0.9, 0.2, 6, dtype=np.float32)
+    valid = np.array([True, True, True, True, False, True])
+    found = Detections(boxes, scores, np.array([3, 1, 2, 4, 3, 0], np.int32), masks, valid)
+    return Detections(*(jnp.asarray(a[:count]) for a in found))
+
+
+def test_pasting_matches_torch():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # its waiting threads take the processor from JAX's
+    found, (height, width) = some_detections(), (40, 50)
+    ours = np.asarray(jax.jit(mask_rcnn.paste, static_argnums=(1, 2))(found, height, width))
+    assert ours.shape == (6, height, width)
+    assert ours.dtype == bool
+    boxes, masks = (torch.from_numpy(np.array(a)) for a in (found.boxes, found.masks))
+    y = (torch.arange(height) + 0.5 - boxes[:, 1:2]) / (boxes[:, 3:] - boxes[:, 1:2]) * 2 - 1
+    x = (torch.arange(width) + 0.5 - boxes[:, 0:1]) / (boxes[:, 2:3] - boxes[:, 0:1]) * 2 - 1
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    soft = torch.nn.functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0].numpy()
+    for i in range(6):
+        expected = (soft[i] >= 0.5) & bool(found.valid[i])
+        differ = expected != ours[i]
+        assert np.all(np.abs(soft[i][differ] - 0.5) < 1e-5)  # rounding at the threshold
+        assert expected.any() == (i != 4)
+
+
+def test_painting_lays_later_things_over_earlier_ones():
+    found = some_detections()
+    expected = np.zeros((40, 50), np.int32)
+    for label, mask in zip(found.classes, np.asarray(mask_rcnn.paste(found, 40, 50)), strict=True):
+        expected[mask] = label
+    labels = mask_rcnn.paint(found, 40, 50)
+    assert labels.dtype == jnp.int32
+    np.testing.assert_array_equal(labels, expected)
+    assert set(np.unique(expected)) == {0, 1, 2, 3, 4}
+
+
+# --- whole, on a small network ---
+
+
+def random_variables(config: MaskRCNNConfig) -> dict[str, np.ndarray]:
+    """Flat variables of ordinary size, none at its default; scores that differ enough for things to be found."""
+    rng = np.random.default_rng(0)
+    flat = {}
+    for path, leaf in tree(config).items():
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path.endswith("kernel"):
+            values *= np.float32(math.sqrt(2 / np.prod(leaf.shape[:-1])))
+        elif path.endswith(("scale", "var")):
+            values = np.float32(1) + np.float32(0.3) * np.tanh(values)
+        elif path.endswith("bias"):
+            values *= np.float32(0.1)
+        for part, scale in SCALES.items():
+            values *= np.float32(scale if part in path else 1)
+        flat[path] = values
+    return flat
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+    return checkpoints.unflatten(random_variables(SMALL))
+
+
+def random_pictures(*shape: int) -> np.ndarray:
+    """Pictures with structure at all sizes, in [0, 255]."""
+    rng = np.random.default_rng(1)
+    coarse = [rng.uniform(0, 255, (*shape[:-3], shape[-3] // s + 1, shape[-2] // s + 1, 3)) for s in (2, 8, 32)]
+    fine = (c.repeat(s, -3).repeat(s, -2)[..., : shape[-3], : shape[-2], :] for c, s in zip(coarse, (2, 8, 32)))
+    return (sum(fine) / 3).astype(np.float32)
+
+
+detect = jax.jit(mask_rcnn.detect, static_argnames="config")
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Detections alike but for rounding, and enough of them."""
+    np.testing.assert_array_equal(ours.valid, theirs.valid)
+    np.testing.assert_array_equal(ours.classes, theirs.classes)
+    np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-2)
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
+    np.testing.assert_allclose(ours.masks, theirs.masks, atol=1e-3)
+
+
+def test_padding_changes_nothing(variables):
+    """A picture whose sides no stride divides: alone, and in the corner of larger canvases with other things in them.
+
+    96 px make p6 round up: two cells, of which the picture has one.
+    """
+    picture = random_pictures(50, 75, 3)
+    alone = detect(variables, picture, SMALL)
+    assert FOUND <= alone.valid.sum() <= SMALL.detections
+    assert len(np.unique(alone.classes[np.asarray(alone.valid)])) > 1
+    assert np.all(np.asarray(alone.boxes) <= [75, 50, 75, 50])
+    for height, width in ((64, 96), (96, 160)):
+        canvas = random_pictures(height, width, 3)
+        canvas[:50, :75] = picture
+        assert_same(detect(variables, canvas, SMALL, size=(50, 75)), alone)
+
+
+def test_features_are_those_of_the_picture_padded_by_zeros(variables):
+    picture = random_pictures(50, 75, 3)
+    padded = np.zeros((1, 64, 96, 3), np.float32)
+    padded[0, :50, :75] = picture - np.float32([103.53, 116.28, 123.675])
+    network = mask_rcnn.MaskRCNN(SMALL)
+    plain: Any = jax.jit(lambda v, x: network.apply(v, x, method="features"))(variables, padded)
+    ours = jax.jit(lambda v, x: mask_rcnn.features(v, x, SMALL))(variables, picture)
+    for name, stride in mask_rcnn.STRIDES.items():
+        assert ours[name].shape == (-(-64 // stride), -(-96 // stride), SMALL.channels)
+        assert np.abs(ours[name] - plain[name][0]).max() < 1e-5 * np.ptp(plain[name])
+
+
+def test_one_and_many_agree(variables):
+    pictures = random_pictures(3, 64, 96, 3)
+    sizes = np.array([[64, 96], [50, 75], [33, 96]], np.int32)
+    many = jax.jit(jax.vmap(lambda v, x, s: mask_rcnn.detect(v, x, SMALL, size=s), in_axes=(None, 0, 0)))(
+        variables, pictures, sizes
+    )
+    for i in range(3):
+        one = detect(variables, pictures[i], SMALL, size=tuple(sizes[i].tolist()))
+        assert one.valid.sum() >= FOUND
+        assert_same(one, jax.tree.map(lambda a, i=i: a[i], many))
+
+
+def test_threshold_and_output_size(variables):
+    picture = random_pictures(64, 96, 3)
+    low, high = (detect(variables, picture, SMALL, score_threshold=t) for t in (0.1, 0.6))
+    assert 0 < high.valid.sum() < low.valid.sum()
+    assert np.all(np.asarray(high.scores)[np.asarray(high.valid)] > 0.6)
+    assert not detect(variables, picture, SMALL, score_threshold=1.0).valid.any()
+    large = detect(variables, picture, SMALL, output_size=(128, 48))
+    np.testing.assert_allclose(large.boxes, np.asarray(low.boxes) * [0.5, 2, 0.5, 2], rtol=1e-5)
+    np.testing.assert_array_equal(large.valid, low.valid)
+
+
+def test_boxes_without_area_take_no_places(variables):
+    """All boxes moved to the right of the picture: nothing is found there, and no figure is not a number."""
+    moved = checkpoints.flatten(variables)
+    moved = {**moved, "params/box_head/bbox_pred/bias": np.tile(np.float32([1e4, 0, 0, 0]), SMALL.num_classes)}
+    found = detect(checkpoints.unflatten(moved), random_pictures(64, 96, 3), SMALL)
+    assert not found.valid.any()
+    assert all(np.isfinite(a).all() for a in found)
+
+
+def test_bad_arguments_are_refused(variables):
+    good = jnp.zeros((64, 64, 3))
+    for call in (mask_rcnn.features, mask_rcnn.detect):
+        for image, message in ((good[None], "must be"), (good[..., :2], "must be"), (good[:0], "must be"),
+                               (good.astype(jnp.uint8), "floating point")):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                call(variables, image, SMALL)
+    settings: tuple[dict[str, Any], ...] = (
+        {"num_classes": 0}, {"features": 0}, {"blocks": (3, 4, 6)}, {"blocks": (3, 4, 6, 0)}, {"channels": 0},
+        {"hidden": 0}, {"proposals": 0}, {"detections": 0},
+    )  # fmt: skip
+    for setting in settings:
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
+            MaskRCNNConfig(**setting)
+
+
+# --- pictures ---
+
+
+def test_resized():
+    """The shorter side 800, the longer at most 1333; halves up."""
+    for size, expected in (((256, 256), (800, 800)), ((480, 640), (800, 1067)), ((640, 480), (1067, 800)),
+                           ((200, 1000), (267, 1333)), ((1600, 1600), (800, 800)), ((3, 1), (1333, 444))):  # fmt: skip
+        assert mask_rcnn.resized(*size) == expected
+
+
+def test_preprocess_resizes_as_pillow_does(monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    monkeypatch.setattr(mask_rcnn, "_SHORTEST", 60)
+    monkeypatch.setattr(mask_rcnn, "_LONGEST", 78)
+    canvas, size = mask_rcnn.preprocess(picture[..., ::-1])
+    assert size == (78, 59)  # 80 x 60 brought to 78, 58.5 up
+    assert canvas.shape == (96, 64, 3)
+    assert canvas.dtype == np.float32
+    np.testing.assert_array_equal(canvas, np.rint(canvas))  # the reference resizes bytes
+    assert not canvas[78:].any()
+    assert not canvas[:, 59:].any()
+    from PIL import Image
+
+    theirs = Image.fromarray(np.ascontiguousarray(picture[..., ::-1])).resize((59, 78), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(canvas[:78, :59], np.asarray(theirs))
+    for image in (picture[0], picture[..., :1], picture.astype(np.float32), picture[:0]):
+        with pytest.raises(ValueError, match="uint8 array"):
+            mask_rcnn.preprocess(image)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_instances_segment(swap, variables, monkeypatch):
+    """Colours are turned round for the network, or not; labels have the picture's size and the detector's order."""
+    monkeypatch.setattr(mask_rcnn, "resized", lambda height, width: (64, 96))
+    image = random_pictures(30, 45, 3).round() / np.float32(127.5) - 1
+    segmenter = segmentation.instances(variables, SMALL, score_threshold=0.3, swap_channels=swap)
+    labels = segmenter(image)
+    assert labels.shape == (30, 45)
+    assert labels.dtype == np.int32
+
+    pixels = np.rint((image + 1) * np.float32(127.5)).astype(np.uint8)
+    canvas, _ = mask_rcnn.preprocess(pixels if swap else pixels[..., ::-1])
+    found = detect(variables, canvas, SMALL, output_size=(30, 45), score_threshold=0.3)
+    expected = np.zeros((30, 45), np.int32)
+    for label, mask in zip(found.classes, np.asarray(mask_rcnn.paste(found, 30, 45)), strict=True):
+        expected[mask] = label
+    assert len(np.unique(expected)) > 1
+    assert np.mean(labels == expected) > 0.99  # rounding at the masks' edges
+    for bad in (image[0], image[..., :2]):
+        with pytest.raises(UserError, match="H, W, 3"):
+            segmenter(bad)
+
+
+# --- files ---
+
+
+def their_names(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a file that would hold these variables: the table the other way."""
+    result = {}
+    for path, values in flat.items():
+        name, layout = tables.find(NETWORK.rows, path)
+        result[name] = layout.theirs(values)
+    return result
+
+
+@pytest.fixture
+def small_file() -> State:
+    """With constants and parts that the published file has beside the network."""
+    held = their_names(random_variables(SMALL))
+    held["pixel_mean"] = np.array([103.53, 116.28, 123.675], np.float32).reshape(3, 1, 1)
+    held["pixel_std"] = np.ones((3, 1, 1), np.float32)
+    for i, level in enumerate(mask_rcnn.STRIDES):
+        held[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = mask_rcnn.cell_anchors(level)
+    held["sem_seg_head.predictor.weight"] = np.zeros((54, 128, 1, 1), np.float32)
+    held["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = np.zeros((), np.int64)
+    return {name: stored(array) for name, array in held.items()}
+
+
+def test_conversion_takes_every_array_there_and_back(published, converted):
+    config, flat = converted
+    assert config == MaskRCNNConfig()
+    back = their_names(flat)
+    assert back.keys() == {name for name in published if not name.startswith("sem_seg_head.")}
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, published[name].array(), err_msg=name)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_model_zoos_pickles_are_read(protocol, small_file):
+    held = {"model": {name: array.array() for name, array in small_file.items()}, "__author__": "Detectron2 Model Zoo"}
+    data = memoryview(pickle.dumps(held, protocol))
+    config, flat = convert(pickles.load(arrays.View(data), arrays.python_names(), encoding="latin1"))
+    assert (config.num_classes, config.features, config.blocks) == (5, 4, (1, 2, 1, 1))
+    assert (config.channels, config.hidden) == (8, 16)
+    for path, values in random_variables(SMALL).items():
+        np.testing.assert_array_equal(flat[path], values, err_msg=path)
+
+
+def test_other_files_are_left_to_others(small_file):
+    backbone = {name: array for name, array in small_file.items() if name.startswith("backbone.")}
+    for objects in ([], [None], [{}], [[1]], [backbone], [{"model": backbone}], [{"model": None}], [{"model": [1]}],
+                    [{"state_dict": small_file}], [{**small_file, "model": 3}]):  # fmt: skip
+        assert NETWORK.find(objects) is None
+
+
+def test_bare_and_parallel_state_dicts_are_taken(small_file):
+    parallel = {f"module.{name}": array for name, array in small_file.items()}
+    for held in (small_file, {"model": parallel, "iteration": 3}):
+        found = NETWORK.find([held])
+        assert found is not None
+        assert found.keys() == small_file.keys()
+
+
+def test_nearly_right_files_are_told(small_file):
+    with pytest.raises(UserError, match="alone"):
+        NETWORK.find([{"model": small_file}, None])
+    faster = {name: array for name, array in small_file.items() if "mask_head" not in name}
+    with pytest.raises(UserError, match=r"not Mask R-CNN \(roi_heads\.mask_head\.predictor\.weight is missing"):
+        NETWORK.find([{"model": faster}])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("pixel_mean", np.array([123.675, 116.28, 103.53], np.float32).reshape(3, 1, 1)),  # of RGB
+        ("pixel_std", np.float32([57.375, 57.12, 58.395]).reshape(3, 1, 1)),
+        ("pixel_mean", np.float32([103.53, 116.28, 123.675])),
+        ("pixel_mean", np.zeros(0, np.float32)),
+        ("proposal_generator.anchor_generator.cell_anchors.0", np.ones((3, 4), np.float32)),
+        ("proposal_generator.anchor_generator.cell_anchors.4", np.ones((9, 4), np.float32)),
+    ],
+)
+def test_other_constants_are_told(name, values, small_file):
+    small_file[name] = stored(values)
+    with pytest.raises(UserError, match=f"{name} is not .*, the only one"):
+        convert({"model": small_file})
+
+
+def test_conversion_lists_all_faults(small_file):
+    small_file["roi_heads.mask_head.mask_fcn5.bias"] = small_file.pop("roi_heads.mask_head.mask_fcn4.bias")
+    small_file["backbone.bottom_up.res3.1.conv2.norm.bias"] = stored(np.zeros(3, np.float32))
+    small_file["roi_heads.box_head.fc1.weight"] = stored(np.zeros((16, 8 * 49 + 1), np.float32))
+    with pytest.raises(UserError) as error:
+        convert({"model": small_file})
+    for part in ("missing: roi_heads.mask_head.mask_fcn4.bias", "unexpected: roi_heads.mask_head.mask_fcn5.bias",
+                 "backbone.bottom_up.res3.1.conv2.norm.bias [3] instead of [8]",
+                 "roi_heads.box_head.fc1.weight [16, 393] instead of [16, 392]"):  # fmt: skip
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("backbone.bottom_up.stem.conv1.weight", (4,), r"no layer backbone\.bottom_up\.stem\.conv1"),
+        ("backbone.bottom_up.stem.conv1.weight", (0, 3, 7, 7), "features must be"),
+        ("backbone.fpn_output2.weight", None, r"no layer backbone\.fpn_output2"),
+        ("backbone.bottom_up.res4.0.conv1.weight", None, "blocks must be"),
+        ("roi_heads.mask_head.predictor.weight", (70000, 0, 1, 1), "num_classes must be"),
+        ("roi_heads.box_head.fc1.weight", (), r"no layer roi_heads\.box_head\.fc1"),
+    ],
+)
+def test_impossible_configs_are_told(name, shape, message, small_file):
+    if shape is None:
+        del small_file[name]
+    else:
+        small_file[name] = stored(np.zeros(shape, np.float32))
+    with pytest.raises(UserError, match=message):
+        convert({"model": small_file})
