@@ -75,8 +75,8 @@ def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Not
             fetched[file] = registry.download(file, category, cache)
         except UserError as error:
             failed[file] = str(error)
-            if "no connection" in failed[file]:
-                failed |= {other: failed[file] for other in absent if other not in fetched and other not in failed}
+            if failed[file].endswith(registry.NO_CONNECTION):  # nor will the others come
+                failed |= {other: failed[file] for other in absent if other not in fetched | failed}
                 break
     if failed:
         raise registry.missing(category, list(failed), list(dict.fromkeys(failed.values())))

@@ -494,3 +494,22 @@ def test_many_honest_labels_pass(tmp_path: Path):
     path = tmp_path / "a.png"
     images.save_segments(path, labels)
     np.testing.assert_array_equal(images.read_segments(path, 80, 120, (80, 120)), labels)
+
+
+@pytest.mark.parametrize("mode", ["stretch", "letterbox", "crop"])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (33, 71)])
+def test_paste_back_reverses_fit(mode, shape):
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
+    smooth = np.stack([128 + 60 * np.sin(x / 15), 128 + 60 * np.cos(y / 12), 100 + x / 2 + y / 2], -1)
+    picture = smooth.astype(np.uint8)
+    fitted = images.fit(picture, 96, 128, mode)
+    back = images.paste_back(picture, fitted, mode)
+    assert back.shape == picture.shape
+    # There and back through two Lanczos filters, and a crop that lies up to half a pixel aside.
+    assert np.abs(back.astype(int) - picture).max() <= (12 if mode == "crop" else 8)
+    # What was made of it arrives: all of it, but for what a crop left out.
+    white = images.paste_back(picture, np.ones((192, 256, 3), np.float32), mode)
+    changed = (white == 255).all(-1)
+    rows, columns = (min(n, m) for n, m in zip(shape, (shape[1] * 3 / 4, shape[0] * 4 / 3), strict=True))
+    expected = rows * columns if mode == "crop" else shape[0] * shape[1]
+    assert abs(int(changed.sum()) - expected) <= max(shape)

@@ -83,7 +83,7 @@ CATEGORY_FILES: Mapping[str, tuple[WeightFile, ...]] = {
             "encoder_epoch_20.pth", f"{_ADE20K}/encoder_epoch_20.pth", 95, "BSD-3-Clause", "segmenter", "ade20k"
         ),
         WeightFile(
-            "decoder_epoch_20.pth", f"{_ADE20K}/decoder_epoch_20.pth", 103, "BSD-3-Clause", "segmenter", "ade20k"
+            "decoder_epoch_20.pth", f"{_ADE20K}/decoder_epoch_20.pth", 112, "BSD-3-Clause", "segmenter", "ade20k"
         ),
         *_edits("cars", "black blue model_t muscle rims snow starwars suv windows_closed windows_open"),
     ),
@@ -168,6 +168,14 @@ def missing(category: str, absent: Sequence[WeightFile], reasons: Sequence[str] 
 
 # --- downloads ---
 
+NO_CONNECTION = "no connection"
+"""How the reason ends where a host cannot be reached at all."""
+
+
+
+class _BrokenOff(OSError):
+    """A download that ended early."""
+
 
 class _Resuming:
     """A downloader for pooch that goes on with what an earlier, broken attempt left in `part`."""
@@ -198,13 +206,13 @@ class _Resuming:
             total = have + int(length) if length else None
             with self.part.open("ab" if have else "wb") as out, tqdm(
                 desc=self.label, total=total, initial=have, unit="B", unit_scale=True, disable=not self.progress
-            ) as bar:
-                for chunk in response.iter_content(2**20):
+            ) as bar, contextlib.suppress(requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
+                for chunk in response.iter_content(2**16):
                     out.write(chunk)
                     bar.update(len(chunk))
         size = self.part.stat().st_size
-        if total is not None and size != total:
-            raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
+        if size != total and total is not None:
+            raise _BrokenOff(f"only {size:,} of {total:,} bytes came; they are kept, and the same command goes on")
         os.replace(self.part, output_file)
         state.unlink(missing_ok=True)
 
@@ -263,7 +271,7 @@ def download(file: WeightFile, category: str, cache: Path, *, progress: bool = T
             f" is meant, delete {key} from {record}"
         ) from error
     except (requests.RequestException, OSError) as error:
-        raise UserError(f"{file.url} cannot be fetched ({_reason(error)}): what came is kept and will go on") from error
+        raise UserError(f"{file.url} cannot be fetched: {_reason(error)}") from error
     finally:
         logger.setLevel(level)
     if not expected:
@@ -279,10 +287,10 @@ def download(file: WeightFile, category: str, cache: Path, *, progress: bool = T
 
 
 def _reason(error: Exception) -> str:
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"the host says {response.status_code}"
-    text = str(error)
-    if "resolve" in text or "Connection" in type(error).__name__ or "Max retries" in text:
-        return "no connection" if "came" not in text else text
-    return text.splitlines()[0][:160] if text else type(error).__name__
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"the host says {error.response.status_code}"
+    if isinstance(error, requests.ConnectionError):
+        return NO_CONNECTION
+    return str(error).split("\n")[0][:160] or type(error).__name__

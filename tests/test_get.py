@@ -1,0 +1,244 @@
+"""Fetching the official files: from a server on this machine that breaks off, changes its mind, or is not there."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ckpt_convert import __main__ as program
+from ckpt_convert import get
+from samjax.errors import UserError
+from samjax.io import checkpoints, registry
+from samjax.io.registry import WeightFile
+
+GOLDEN = Path(__file__).parent / "golden"
+NAME = "tensorflow_A.pkl"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `folder`, with ranges; `cut` is how many bytes it sends before it hangs up, once."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.cut, self.asked = folder, 0, list[str]()
+        self.kind = "application/octet-stream"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # who breaks off cannot complain
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        path = self.server.folder / self.path[1:]
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, first = path.read_bytes(), 0
+        tag = f'"{hash(data)}"'
+        asked = self.headers.get("Range", "")
+        self.server.asked.append(asked)
+        if asked and self.headers.get("If-Range") == tag:
+            first = int(asked.removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Type", self.server.kind)
+        self.send_header("ETag", tag)
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        if cut := self.server.cut:
+            self.server.cut = 0
+            self.wfile.write(data[first : first + cut])
+            return
+        self.wfile.write(data[first:])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    shutil.copy(GOLDEN / NAME, folder)
+    np.save(folder / "up.npy", np.zeros((1, 10, 32), np.float32))
+    with Server(folder) as running:
+        thread = threading.Thread(target=functools.partial(running.serve_forever, poll_interval=0.01))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def category(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A category of one generator and one direction."""
+    files = (
+        WeightFile(NAME, server.url(NAME), 0.7, "free", "generator", "generator"),
+        WeightFile("up.npy", server.url("up.npy"), 0.001, "free", "edits"),
+    )
+    monkeypatch.setattr(registry, "CATEGORY_FILES", {"tests": files})
+    return "tests"
+
+
+ROLES = ("generator", "edits")
+
+
+def fetch(category: str, cache: Path, **options: Any) -> tuple[dict[str, Path], list[str]]:
+    said: list[str] = []
+    return get.get(category, cache=cache, roles=ROLES, notify=said.append, **options), said
+
+
+def test_downloads_converts_and_does_neither_twice(category, server, tmp_path):
+    found, said = fetch(category, tmp_path / "cache")
+    assert len(said) == 3  # two files, one conversion
+    assert "700 kB; free" in said[0]
+    assert checkpoints.load_generator(found["generator"]).config.img_resolution == 64
+    assert (found["edits"] / "up.npy").exists()
+    asked = len(server.asked)
+    assert fetch(category, tmp_path / "cache") == (found, [])
+    assert len(server.asked) == asked
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_broken_download_goes_on_where_it_was(category, server, tmp_path):
+    server.cut = 100_000
+    with pytest.raises(UserError, match="a file of the category tests cannot be found") as caught:
+        fetch(category, tmp_path / "cache")
+    assert "65,536 of" in caught.value.details[-1]
+    downloads = tmp_path / "cache" / "downloads"
+    assert not (downloads / NAME).exists()
+    assert (downloads / f"{NAME}.part").stat().st_size == 65_536  # whole chunks
+    fetch(category, tmp_path / "cache")
+    assert server.asked[-1] == "bytes=65536-"
+    assert (downloads / NAME).read_bytes() == (GOLDEN / NAME).read_bytes()
+
+
+def test_a_file_that_changed_meanwhile_starts_again(category, server, tmp_path):
+    server.cut = 100_000
+    with pytest.raises(UserError):
+        fetch(category, tmp_path / "cache")
+    shutil.copy(GOLDEN / "nvidia_A.pkl", server.folder / NAME)
+    fetch(category, tmp_path / "cache")
+    assert (tmp_path / "cache" / "downloads" / NAME).read_bytes() == (GOLDEN / "nvidia_A.pkl").read_bytes()
+
+
+def test_a_hash_seen_once_must_come_again(category, server, tmp_path):
+    fetch(category, tmp_path / "cache")
+    downloads = tmp_path / "cache" / "downloads"
+    assert len(json.loads((downloads / "hashes.json").read_text())[NAME]) == 64
+    (downloads / NAME).unlink()
+    fetch(category, tmp_path / "cache")  # the same again is fine
+    (downloads / NAME).unlink()
+    shutil.copy(GOLDEN / "nvidia_A.pkl", server.folder / NAME)
+    with pytest.raises(UserError) as caught:
+        fetch(category, tmp_path / "cache")
+    assert "is not the file that it was" in caught.value.details[-1]
+    assert not (downloads / NAME).exists()
+    assert not list(downloads.glob("*.part"))
+
+
+def test_a_stated_hash_must_come_at_once(category, server, tmp_path, monkeypatch):
+    (file, edit) = registry.CATEGORY_FILES[category]
+    wrong = WeightFile(file.name, file.url, 1, "free", file.role, file.network, sha256="0" * 64)
+    monkeypatch.setattr(registry, "CATEGORY_FILES", {category: (wrong, edit)})
+    with pytest.raises(UserError) as caught:
+        fetch(category, tmp_path / "cache")
+    assert "its sha256 should be 000" in caught.value.details[-1]
+
+
+def test_a_page_instead_of_the_file_and_a_missing_one(category, server, tmp_path):
+    server.kind = "text/html; charset=utf-8"
+    (server.folder / "up.npy").unlink()
+    with pytest.raises(UserError, match="2 files") as caught:
+        fetch(category, tmp_path / "cache")
+    assert "gave a web page" in caught.value.details[-2]
+    assert "the host says 404" in caught.value.details[-1]
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_of_ones_own_comes_first(category, server, tmp_path):
+    own = tmp_path / "own"
+    (own / "edits" / "tests").mkdir(parents=True)
+    (own / "ckpt").mkdir()
+    shutil.copy(GOLDEN / NAME, own / "ckpt")
+    shutil.copy(server.folder / "up.npy", own / "edits" / "tests")
+    found, _ = fetch(category, tmp_path / "cache", weights=own, fetch=False)
+    assert found["edits"] == own / "edits" / "tests"
+    assert not server.asked
+
+
+def test_damaged_files_leave_the_cache_whole(category, server, tmp_path):
+    own, data = tmp_path / "own", (GOLDEN / NAME).read_bytes()
+    own.mkdir()
+    shutil.copy(server.folder / "up.npy", own)
+    (own / "tests").mkdir()
+    shutil.move(own / "up.npy", own / "tests")
+    (own / NAME).write_bytes(data)
+    good, _ = fetch(category, tmp_path / "cache", weights=own)
+    (own / NAME).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=NAME):
+        fetch(category, tmp_path / "cache", weights=own)
+    assert checkpoints.load_generator(good["generator"]).config.img_resolution == 64
+    (own / NAME).write_bytes(data)
+    _, said = fetch(category, tmp_path / "cache", weights=own)
+    assert said == [f"converting {NAME}"]
+
+
+def test_another_network_under_the_name_is_told(category, server, tmp_path):
+    own = tmp_path / "own"
+    (own / "tests").mkdir(parents=True)
+    shutil.copy(server.folder / "up.npy", own / "tests")
+    (own / NAME).write_bytes(b"\x80\x02}.")
+    with pytest.raises(UserError, match="not a checkpoint of a generator"):
+        fetch(category, tmp_path / "cache", weights=own)
+
+
+@pytest.mark.parametrize("category", ["cars", "faces", "cats"])
+def test_without_files_and_network_one_message_says_it_all(category, tmp_path, monkeypatch, capsys):
+    nowhere = "http://127.0.0.1:9/"  # nobody listens there
+    files = registry.CATEGORY_FILES[category]
+    offline = tuple(
+        WeightFile(f.name, nowhere + f.name, f.megabytes, f.licence, f.role, f.network, by_hand=f.by_hand)
+        for f in files
+    )
+    monkeypatch.setattr(registry, "CATEGORY_FILES", {category: offline})
+    assert program.main(["get", category, "--cache", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for file in offline:
+        assert f"{file.name} from {file.url}" in error
+    assert "--weights DIR" in error
+    assert "no connection" in error
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_registry_is_complete():
+    for category, files in registry.CATEGORY_FILES.items():
+        assert {file.role for file in files} == {*get.ROLES, "edits"}, category
+        assert all(file.url.startswith("http") and file.licence and file.megabytes > 0 for file in files)
+        assert all(file.network in checkpoints.NETWORKS or file.role == "edits" for file in files)
+        assert len({file.name for file in files}) == len(files)
+    assert [file.name for file in registry.CATEGORY_FILES["faces"] if file.by_hand] == ["79999_iter.pth"]
+
+
+def test_a_file_as_distributed_is_made_ready_once(tmp_path):
+    said: list[str] = []
+    folder = get.ready(GOLDEN / NAME, "generator", tmp_path, notify=said.append)
+    assert get.ready(GOLDEN / NAME, "generator", tmp_path, notify=said.append) == folder
+    assert len(said) == 1
+    assert get.ready(folder, "generator", tmp_path) == folder
+    with pytest.raises(UserError, match="no e4e encoder"):
+        get.ready(GOLDEN / NAME, "e4e", tmp_path)
