@@ -203,6 +203,7 @@ def main(args: Arguments) -> None:
         batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
         loss_resolution=max(category.target_size),
     )
+    networks.check_layers(nets, config.latent_names)
     folder = files.output_folder(args.output_path)
     models = api.load_models(generator, config, seed=args.seed)
     weights = np.concatenate([np.ravel(x)[:100] for x in jax.tree.leaves(generator.params)]).tobytes()

@@ -148,6 +148,7 @@ def settle(args: Arguments) -> Job:
     nets = networks.load(args, segments_given=segments_path is not None)
     name, category, generator = nets.name, nets.category, nets.generator
     config = settle_config(args, category, generator)
+    networks.check_layers(nets, config.latent_names)
     height, width = category.target_size
     target = images.to_float(images.fit(picture, height, width, args.fit))
     names: dict[int, str] = {}

@@ -164,6 +164,20 @@ def _check(networks: Networks) -> None:
             )
 
 
+def check_layers(networks: Networks, latent_names: tuple[str, ...]) -> None:
+    """Makes sure that the predictor, if there is one, knows these layers.
+
+    Raises:
+      UserError: it does not know some.
+    """
+    known = latent_names if networks.predictor is None else networks.predictor.config.latent_names
+    if unknown := [name for name in latent_names if name not in known]:
+        raise UserError(
+            f"the invertibility predictor has no maps of {', '.join(unknown)}: choose --latent_names among "
+            f"{','.join(known)}, or --invertibility measured"
+        )
+
+
 def segments(networks: Networks, target: np.ndarray, swap_channels: bool = False) -> np.ndarray:
     """Labels [h, w] of a target [h, w, 3], by the segmenter that was asked for."""
     name: Any = networks.category.segmenter
@@ -178,18 +192,9 @@ def segments(networks: Networks, target: np.ndarray, swap_channels: bool = False
 
 
 def predicted_maps(networks: Networks, target: np.ndarray, latent_names: tuple[str, ...]) -> np.ndarray:
-    """The predictor's error maps [L, h, w] of a target [h, w, 3] for the layers asked for.
-
-    Raises:
-      UserError: the predictor does not know one of them.
-    """
+    """The predictor's error maps [L, h, w] of a target [h, w, 3], for layers that `check_layers` has seen."""
     assert networks.predictor is not None
     config, variables, _ = networks.predictor
-    if unknown := [name for name in latent_names if name not in config.latent_names]:
-        raise UserError(
-            f"the invertibility predictor has no maps of {', '.join(unknown)}: choose --latent_names among "
-            f"{','.join(config.latent_names)}, or --invertibility measured"
-        )
     maps = invertibility.predicted(variables, config)(target[None])[0]
     return maps[[config.latent_names.index(name) for name in latent_names]]
 

@@ -438,7 +438,7 @@ def run(job: Job) -> None:
             "image_path": job.image, "image_category": job.category, "target_H": job.height, "target_W": job.width,
             "output_path": "output", "threshold": job.threshold or 0.0, "num_opt_steps": job.steps,
         }  # fmt: skip
-        sys.argv[1:] = ["--generate_edits", *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
+        sys.argv[1:] = ["--generate_edits", *(f"--{key}={value}" for key, value in options.items())]
         runpy.run_path("src/sam_inv_optimization.py", run_name="__main__")
         final = record.timed("final", form, lambda image, *_: record.arrays.update(final=to_numpy(image)))
         with torch.no_grad():

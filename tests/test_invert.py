@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from samjax.io import checkpoints, images
-from samjax.nets import stylegan2
+from samjax.nets import deeplab, e4e, stylegan2
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -151,6 +151,52 @@ def test_the_command_line_gives_one_line_and_exit_code_2(tmp_path):
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def looking(inputs, tmp_path_factory):
+    """An encoder and a predictor for that generator."""
+    folder = tmp_path_factory.mktemp("looking")
+    encoder = e4e.E4EConfig(10, style_dim=8, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=8, head_depth=2)
+    predictor = deeplab.PredictorConfig(
+        ("W+", "F4", "F6", "F8"), blocks=(1, 1, 1, 1), width=4, decoder_width=8, low_level_width=4
+    )
+    for name, config, net in (("e4e", encoder, e4e), ("predictor", predictor, deeplab)):
+        checkpoints.save_network(folder / name, config, net.init(config, key=jax.random.key(1)), {})
+    return folder
+
+
+def test_with_encoder_and_predictor_nothing_is_inverted_twice(invert, inputs, looking, tmp_path, capsys):
+    changes = {"e4e_path": looking / "e4e", "inv_model_path": looking / "predictor", "paste_back": True}
+    invert.main(_arguments(invert, inputs, tmp_path, **changes))
+    assert "single layers" not in capsys.readouterr().err
+    folder = tmp_path / "photo"
+    summary = json.loads((folder / "metrics.json").read_text())
+    assert set(summary["thresholds"]["0.225"]["metrics"]) == {"SAM"}
+    assert not (folder / "measured.npz").exists()
+    assert images.image_size(folder / "pasted" / "reconstruction_T0.225.png") == (80, 100)
+    assert images.image_size(folder / "pasted" / "up" / "T0.225_mul1.png") == (80, 100)
+    with pytest.raises(invert.UserError, match="encoder, invertibility, measure_steps, predictor, start"):
+        invert.main(_arguments(invert, inputs, tmp_path))
+
+
+def test_networks_that_do_not_belong_together_are_told(invert, inputs, looking, tmp_path):
+    for changes, message in (
+        ({"inv_model_path": looking / "e4e"}, r"holds another network \(e4e encoder\)"),
+        ({"e4e_path": looking / "predictor"}, r"holds another network \(invertibility predictor\)"),
+        ({"inv_model_path": inputs / "own.safetensors"}, r"holds another network \(generator\)"),
+    ):
+        with pytest.raises(invert.UserError, match=message):
+            invert.main(_arguments(invert, inputs, tmp_path / "out", **changes))
+    other = e4e.E4EConfig(8, style_dim=8, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=8, head_depth=2)
+    checkpoints.save_network(tmp_path / "eight", other, e4e.init(other, key=jax.random.key(1)), {})
+    with pytest.raises(invert.UserError, match="gives 8 styles of 8, the generator takes 10 of 8"):
+        invert.main(_arguments(invert, inputs, tmp_path / "out", e4e_path=tmp_path / "eight"))
+    few = deeplab.PredictorConfig(("W+", "F6"), blocks=(1, 1, 1, 1), width=4, decoder_width=8, low_level_width=4)
+    checkpoints.save_network(tmp_path / "few", few, deeplab.init(few, key=jax.random.key(1)), {})
+    with pytest.raises(invert.UserError, match="no maps of F4"):
+        invert.main(_arguments(invert, inputs, tmp_path / "out", inv_model_path=tmp_path / "few"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -254,6 +254,7 @@ BOXES = {  # level, and a box for it; sides that are multiples of 7 cells must h
     "21 cells": ("p2", (0.0, 0.0, 84.0, 84.0)),
     "whole width": ("p2", (0.0, 100.0, 512.0, 115.5)),
     "whole height": ("p2", (10.0, 0.0, 12.5, 704.0)),
+    "most cells of p2": ("p2", (101.0, 0.0, 118.7, 704.0)),
     "line": ("p2", (0.0, 33.0, 512.0, 33.01)),
     "smallest of p3": ("p3", (100.0, 100.0, 212.0, 212.0)),
     "tall of p3": ("p3", (200.0, 0.0, 250.0, 704.0)),

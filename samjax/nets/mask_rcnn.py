@@ -226,7 +226,7 @@ def pool(pyramid: Pyramid, boxes: Array, cells: int, size: ArrayLike | None = No
       pyramid: of one picture.
       boxes: [B, 4] within the picture.
       cells: a side of the result.
-      size: height and width of the picture, if it is not the whole canvas.
+      size: as for `rpn`.
 
     Returns:
       [B, cells, cells, C].
@@ -418,7 +418,7 @@ def features(variables: Variables, image: Array, config: MaskRCNNConfig, size: A
       size: height and width of the picture in the canvas, int [2]; the whole canvas if None.
 
     Returns:
-      "p2" to "p6" of the canvas, which is filled up to multiples of 32.
+      "p2" to "p6" of the canvas, filled up to multiples of 32.
 
     Raises:
       ValueError: an image of another shape or kind.
@@ -444,7 +444,7 @@ def rpn(
       variables: as `init` describes them.
       pyramid: as `features` gives it.
       config: the network's.
-      size: as for `features`.
+      size: height and width of the picture, int [2]; if None those of the canvas, filled up as it is.
 
     Returns:
       For each level, logits [h, w, 3] and deltas [h, w, 12], four for each aspect ratio in turn.
@@ -468,7 +468,7 @@ def proposals(
     Args:
       outputs: as `rpn` gives them.
       config: the network's.
-      size: as for `features`.
+      size: as for `rpn`.
 
     Returns:
       `config.proposals` of them.
@@ -500,7 +500,7 @@ def box_head(
       pyramid: as `features` gives it.
       boxes: [B, 4] within the picture.
       config: the network's.
-      size: as for `features`.
+      size: as for `rpn`.
 
     Returns:
       Probabilities [B, num_classes + 1], the last of which is that of the background, and deltas [B, num_classes, 4],
@@ -528,7 +528,7 @@ def mask_head(
       boxes: [B, 4] within the picture.
       classes: [B] integers, what the thing in each box is.
       config: the network's.
-      size: as for `features`.
+      size: as for `rpn`.
 
     Returns:
       Probabilities [B, 28, 28].
