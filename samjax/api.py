@@ -210,6 +210,7 @@ def invert(
     segments: ArrayLike | None = None,
     threshold: float = 0.225,
     error_maps: ArrayLike | None = None,
+    ws: ArrayLike | None = None,
     start_kind: str = "mean",
     seed: int = 0,
     on_progress: OnProgress = None,
@@ -221,7 +222,8 @@ def invert(
       image: [h, w, 3] in [-1, 1]; its longer side is that of the loss (256, or the generator's if smaller).
       segments: [h, w] labels; found by Felzenszwalb's method if None.
       threshold: mean error up to which a segment may use a layer.
-      error_maps: [L, h, w]; measured by an inversion in each layer if None.
+      error_maps: [L, h, w], as a predictor gives them; measured by an inversion in each layer if None.
+      ws: [num_ws, w_dim], where W+ starts, as an encoder gives it; by `start_kind` if None.
       start_kind: see `start`.
       seed: of the noise and of "best"'s samples.
       on_progress: called between chunks of steps.
@@ -232,7 +234,7 @@ def invert(
     """
     target = np.asarray(image, np.float32)
     labels = segmentation.segment(target) if segments is None else np.asarray(segments)
-    ws = start(models, target, kind=start_kind, seed=seed)
+    ws = start(models, target, kind=start_kind, seed=seed) if ws is None else np.asarray(ws, np.float32)
     if error_maps is None:
         errors = measure(models, target, ws, seed=seed, on_progress=on_progress).maps[0]
     else:
