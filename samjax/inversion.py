@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import tqdm
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from samjax import losses
 from samjax.config import InversionConfig
@@ -317,6 +318,18 @@ def take(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
+def _placement(devices: Sequence[Any] | None, batch_size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Two functions that put arrays on `devices`: one divides the items of a batch, one puts all on each."""
+    if devices is None:
+        return lambda tree: tree, lambda tree: tree
+    if batch_size % len(devices):
+        raise ValueError(f"a batch of {batch_size} does not divide by {len(devices)} devices")
+    mesh = Mesh(np.asarray(devices), ("items",))
+    divided, whole = NamedSharding(mesh, PartitionSpec("items")), NamedSharding(mesh, PartitionSpec())
+    divide = lambda x: jax.device_put(x, divided if np.ndim(x) else whole)  # noqa: E731
+    return lambda tree: jax.tree.map(divide, tree), lambda tree: jax.device_put(tree, whole)
+
+
 def run(
     generator: StyleGAN2Config,
     networks: Networks,
@@ -325,6 +338,7 @@ def run(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     states: Mapping[int, State] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Result:
     """Inverts any number of items, `config.batch_size` at a time.
 
@@ -337,14 +351,17 @@ def run(
       config: settings.
       on_progress: called after each chunk of steps.
       states: {group: state} from which to go on, as `Progress` of an earlier run with the same arguments gave them.
+      devices: over which every batch is divided; the default device if None.
 
     Raises:
       DivergedError: a loss that is not finite; it carries the last good latents.
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not belong together, or a batch that does not divide by the devices.
     """
     program, hyper = structure(generator, config), hyperparameters(config)
     items = items._replace(seeds=np.asarray(items.seeds))
     _check(program, items)
+    divide, replicate = _placement(devices, config.batch_size)
+    networks = replicate(networks)
     began = time.perf_counter()
     count, size, num_steps = items.targets.shape[0], config.batch_size, config.num_opt_steps
     groups = -(-count // size)
@@ -354,9 +371,11 @@ def run(
         first = group * size
         real = min(size, count - first)
         chosen = take(items, np.minimum(np.arange(first, first + size), count - 1))
+        chosen = divide(chosen)
         batch = prepare(program, networks, chosen)
         resumed = (states or {}).get(group)
         state = init(chosen) if resumed is None else jax.tree.map(functools.partial(jnp.array, copy=True), resumed)
+        state = divide(state)
         try:
             for state, terms in _chunks(program, networks, batch, hyper, state, num_steps):  # noqa: B020
                 done = int(state.step)

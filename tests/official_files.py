@@ -150,7 +150,7 @@ def write_detectron2(path: Path) -> None:
     # Random deltas throw boxes out of the picture, where they are empty; those of a trained network stay near.
     for name in ("proposal_generator.rpn_head.anchor_deltas.weight", "roi_heads.box_predictor.bbox_pred.weight"):
         model[name] = model[name] * np.float32(0.1)
-    path.write_bytes(pickle.dumps({"model": model, "__author__": "Detectron2 Model Zoo"}, 2))
+    path.write_bytes(pickle.dumps({"model": model, "__author__": "Detectron2 Model Zoo"}, 4))
 
 
 def write(category: str, folder: Path, stylegan3: Path | None = None, config: StyleGAN2Config | None = None) -> None:
