@@ -158,6 +158,7 @@ def read(sources: Sources, network: str | None = None) -> Converted:
             f"{_names(paths, str)}: damaged ({type(error).__name__}: {error}): fetch or copy it again"
         ) from error
     if isinstance(config, StyleGAN2Config) and "mapping/w_avg" not in params:
+        params["mapping/w_avg"] = np.zeros(config.w_dim, np.float32)
         params["mapping/w_avg"] = _mean_style(config, params)
     manifest = {
         "source": {

@@ -10,6 +10,8 @@ import tyro
 
 from samjax.errors import UserError
 
+IMAGE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
 Args = TypeVar("Args")
 
 
@@ -31,3 +33,26 @@ def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; finished outputs are kept, run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def connect(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of a run, where there are any.
+
+    Args:
+      distributed: takes this process's place among them from its surroundings.
+      coordinator: address of the first one, where the surroundings do not tell; with the next two.
+      num_processes: how many there are.
+      process_id: which one this is.
+
+    Raises:
+      UserError: one of the three is missing.
+    """
+    import jax
+
+    given = (coordinator, num_processes, process_id)
+    if distributed:
+        jax.distributed.initialize()
+    elif any(value is not None for value in given):
+        if None in given:
+            raise UserError("--coordinator, --num_processes and --process_id go together: give all three")
+        jax.distributed.initialize(*given)

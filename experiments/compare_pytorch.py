@@ -80,7 +80,8 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "first image": Tolerance(1e-4, SPREAD),
     "losses of every step": Tolerance(1e-3, "relative"),
     # Adam divides each gradient by its own size: where it is all but zero, rounding decides which way an entry goes.
-    "image after the steps": Tolerance(1e-2, SPREAD),
+    # Theirs with one thread and with two were 2e-2 apart after ten steps.
+    "image after the steps": Tolerance(5e-2, SPREAD),
     "edit": Tolerance(1e-4, SPREAD),
 }
 """By stage, in the table's order."""

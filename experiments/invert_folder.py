@@ -34,8 +34,6 @@ from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import init_latents, latent_layers, parse_latent_names, single_layer_masks
 
-_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(networks.Flags):
@@ -92,9 +90,9 @@ def image_files(folder: Path) -> list[Path]:
     """The images of a folder, in order; their names without endings must differ, for results carry those."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give --image_folder a folder of images")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _KINDS)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in cli.IMAGE_KINDS)
     if not found:
-        raise UserError(f"{folder} holds no images ({', '.join(_KINDS)})")
+        raise UserError(f"{folder} holds no images ({', '.join(cli.IMAGE_KINDS)})")
     seen: dict[str, Path] = {}
     for path in found:
         if path.stem in seen:
@@ -160,20 +158,9 @@ def invert(batch: list[Item], args: Arguments, nets: networks.Networks, models: 
         images.save_png(folder / "reconstruction.png", np.asarray(image[0]))
 
 
-def connect(args: Arguments) -> None:
-    """Joins the other processes, where there are any."""
-    given = (args.coordinator, args.num_processes, args.process_id)
-    if args.distributed:
-        jax.distributed.initialize()
-    elif any(value is not None for value in given):
-        if None in given:
-            raise UserError("--coordinator, --num_processes and --process_id go together: give all three")
-        jax.distributed.initialize(*given)
-
-
 def main(args: Arguments) -> None:
     paths = image_files(args.image_folder)
-    connect(args)
+    cli.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     nets = networks.load(args, segments_given=True)
     generator, category = nets.generator, nets.category
     if args.latent_names is None:

@@ -8,6 +8,7 @@ put them. Files as their authors distribute them are converted on the way, once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -180,15 +181,33 @@ def check_layers(networks: Networks, latent_names: tuple[str, ...]) -> None:
 
 def segments(networks: Networks, target: np.ndarray, swap_channels: bool = False) -> np.ndarray:
     """Labels [h, w] of a target [h, w, 3], by the segmenter that was asked for."""
-    name: Any = networks.category.segmenter
-    if networks.segmenter is None:
-        return segmentation.segment(target, name)
-    config, variables, _ = networks.segmenter
+    return _segmenter(networks.category.segmenter, networks.segmenter, swap_channels)(target)
+
+
+def segmenter(flags: Flags) -> segmentation.Segmenter:
+    """The segmenter that the flags ask for, alone.
+
+    Raises:
+      UserError: its files are missing or hold something else.
+    """
+    preset = CATEGORIES.get(flags.image_category or "")
+    name = flags.segmenter or (preset.segmenter if preset else "felzenszwalb")
+    loaded = None
+    if name not in get_args(segmentation.Method):
+        found = get.get(_CATEGORY_OF[name], flags.weights, roles=("segmenter",), fetch=False, notify=print)
+        loaded = checkpoints.load_network(found["segmenter"], name)
+    return _segmenter(name, loaded, flags.swap_channels)
+
+
+def _segmenter(name: Any, loaded: LoadedNetwork | None, swap_channels: bool) -> segmentation.Segmenter:
+    if loaded is None:
+        return functools.partial(segmentation.segment, method=name)
+    config, variables, _ = loaded
     if name == "ade20k":
-        return segmentation.ade20k(variables, config)(target)
+        return segmentation.ade20k(variables, config)
     if name == "bisenet":
-        return segmentation.face_parsing(variables, config)(target)
-    return segmentation.instances(variables, config, swap_channels=swap_channels)(target)
+        return segmentation.face_parsing(variables, config)
+    return segmentation.instances(variables, config, swap_channels=swap_channels)
 
 
 def predicted_maps(networks: Networks, target: np.ndarray, latent_names: tuple[str, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ Golden files hold what the reference computed, NCHW; `tests/golden/fill.py` hold
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,12 @@ import pytest
 # Before JAX starts its backends, which happens at the first array.
 jax.config.update("jax_num_cpu_devices", 2)  # so that sharding over devices is tested, not only written
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a stray float64 or integer is an error
+
+# What one worker has compiled, another need not; of this run only.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+if RUN:
+    jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"samjax-tests-{RUN}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 GOLDEN = Path(__file__).parent / "golden"
 

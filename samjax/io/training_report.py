@@ -1,0 +1,91 @@
+"""Pictures of a training: true and predicted maps, and the curves of its figures."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samjax.io.images import to_uint8
+from samjax.io.sheets import INK, LINE, MUTED, Sheet, heat, resize
+
+Uint8 = NDArray[np.uint8]
+
+_EDGE, _GAP, _SMALL, _LARGE = 24, 10, 15, 20
+_TRAIN, _VAL = (150, 170, 195), (176, 58, 46)
+
+
+def maps_picture(
+    examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str], height: int = 128
+) -> Uint8:
+    """Rows of pictures: an image, and below each layer's name its true map over the predicted one.
+
+    Args:
+      examples: images [h, w, 3] in [-1, 1], predicted maps [L, h, w], true maps [L, h, w].
+      latent_names: of the layers.
+      height: of each picture in the result.
+
+    Returns:
+      uint8 [H, W, 3]; all maps of the picture have one colour scale.
+    """
+    width = round(height * examples[0][0].shape[1] / examples[0][0].shape[0])
+    high = max(float(np.max(true)) for _, _, true in examples) or 1.0
+    side = 90
+    step = width + _GAP
+    row = 2 * height + 3 * _GAP
+    sheet = Sheet(2 * _EDGE + side + step * (1 + len(latent_names)), 2 * _EDGE + 34 + row * len(examples) + 24)
+    for i, name in enumerate(("Image", *latent_names)):
+        sheet.text(_EDGE + side + i * step, _EDGE, name, _LARGE, strong=True)
+    for r, (image, predicted, true) in enumerate(examples):
+        top = _EDGE + 34 + r * row
+        sheet.image(_EDGE + side, top, resize(to_uint8(image), height, width))
+        for j, (label, maps) in enumerate((("true", true), ("predicted", predicted))):
+            y = top + j * (height + _GAP)
+            sheet.text(_EDGE, y + height // 2 - 8, label, _SMALL, MUTED)
+            for i, one in enumerate(maps):
+                sheet.image(_EDGE + side + (i + 1) * step, y, resize(heat(one, high), height, width))
+    sheet.text(_EDGE + side, sheet.height - _EDGE - 10, f"LPIPS error, dark 0 to light {high:.2f}", _SMALL, MUTED)
+    return sheet.array()
+
+
+def curve_picture(rows: Sequence[Mapping[str, Any]]) -> Uint8:
+    """The course of the loss and of the segments' error over the steps, in training and in validation.
+
+    Args:
+      rows: figures by step, as `samjax.io.runs.Log` has them.
+    """
+    panels = (("Loss", "loss", "val_loss"), ("Error of segment means", "segment_error", "val_segment_error"))
+    width, height, left = 900, 260, 80
+    sheet = Sheet(width, 2 * _EDGE + len(panels) * (height + 60))
+    last = max((row["step"] for row in rows), default=1)
+    for p, (title, *names) in enumerate(panels):
+        top = _EDGE + p * (height + 60)
+        sheet.text(left, top, title, _LARGE, strong=True)
+        series = [[(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in names]
+        values = [v for points in series for _, v in points if v > 0 and math.isfinite(v)]
+        if not values:
+            continue
+        low, high = math.floor(math.log10(min(values)) * 4) / 4, math.ceil(math.log10(max(values)) * 4) / 4
+        high = max(high, low + 0.25)
+        y0, y1 = top + 40, top + height
+        place = lambda v: y1 - (math.log10(max(v, 1e-12)) - low) / (high - low) * (y1 - y0)  # noqa: B023, E731
+        for i in range(5):
+            value = 10 ** (low + (high - low) * i / 4)
+            y = place(value)
+            sheet.line(left, y, width - _EDGE, y, LINE)
+            sheet.text(left - 10, y - 8, f"{value:.2g}", _SMALL, MUTED, align="right")
+        for points, colour, thick in zip(series, (_TRAIN, _VAL), (2, 3), strict=True):
+            at = [(left + step / last * (width - _EDGE - left), place(v)) for step, v in points if math.isfinite(v)]
+            for (xa, ya), (xb, yb) in itertools.pairwise(at):
+                sheet.line(xa, ya, xb, yb, colour, thick)
+        for i, (text, colour) in enumerate((("training", _TRAIN), ("validation", _VAL))):
+            x = width - _EDGE - 230 + i * 110
+            sheet.panel(x, top + 6, x + 12, top + 18, colour)
+            sheet.text(x + 18, top + 3, text, _SMALL, INK)
+        sheet.text(width - _EDGE, y1 + 8, f"step {last:,}", _SMALL, MUTED, align="right")
+        sheet.text(left, y1 + 8, "step 0", _SMALL, MUTED)
+    return sheet.array()
