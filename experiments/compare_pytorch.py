@@ -107,6 +107,8 @@ class Arguments:
     """Name of a direction of the category; none: the first."""
     steps: int = 10
     """Of the optimisation."""
+    lambda_mvg: float = InversionConfig.lambda_mvg
+    """Weight of the prior, for both; less where its curvature is beyond float32."""
     seed: int = 0
     """Of the samples from which their code takes its prior."""
 
@@ -492,6 +494,7 @@ def compare(args: Arguments, folder: Path, detectron2: Path | None) -> tuple[The
             direction=str(direction.resolve()),
             threshold=None if threshold == "auto" else float(threshold),
             steps=args.steps,
+            lambda_mvg=args.lambda_mvg,
             threads=benchmark.threads(),
             seed=args.seed,
             folder=str(folder),

@@ -59,6 +59,7 @@ class Job:
       direction: .npy, the edit to apply.
       threshold: None for `balanced_threshold`.
       steps: of the optimisation.
+      lambda_mvg: weight of the prior.
       threads: of PyTorch.
       seed: of the samples for the prior.
       folder: where to lay out and to write; `output.npz` and `seconds.json` are the results.
@@ -75,6 +76,7 @@ class Job:
     direction: str
     threshold: float | None
     steps: int
+    lambda_mvg: float
     threads: int
     seed: int
     folder: str
@@ -437,6 +439,7 @@ def run(job: Job) -> None:
         options = {
             "image_path": job.image, "image_category": job.category, "target_H": job.height, "target_W": job.width,
             "output_path": "output", "threshold": job.threshold or 0.0, "num_opt_steps": job.steps,
+            "lambda_mvg": job.lambda_mvg,
         }  # fmt: skip
         sys.argv[1:] = ["--generate_edits", *(f"--{key}={value}" for key, value in options.items())]
         runpy.run_path("src/sam_inv_optimization.py", run_name="__main__")

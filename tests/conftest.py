@@ -4,7 +4,6 @@ Golden files hold what the reference computed, NCHW; `tests/golden/fill.py` hold
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,13 +17,15 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)  # so that sharding over devices is tested, not only written
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a stray float64 or integer is an error
 
-# What one worker has compiled, another need not; of this run only.
-RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-if RUN:
-    jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"samjax-tests-{RUN}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
-
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one worker of pytest-xdist has compiled, another need not; for this run only."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp().parent / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,7 @@ def test_one_device_and_several_give_the_same_losses(params, devices):
     alone, shared = fresh(), jax.device_put(fresh(), whole)
     everywhere = jax.device_put(params, whole)
     for i in range(20):
-        batch = make_batch(seed=i)
+        batch = make_batch(8, seed=i)
         alone, one = training.step(PREDICTOR, CONFIG, params, alone, batch)
         shared, many = training.step(PREDICTOR, CONFIG, everywhere, shared, jax.device_put(batch, divided))
         # Float32 sums in another order, carried on over twenty steps.
