@@ -106,9 +106,7 @@ class Arguments:
     edit: str | None = None
     """Name of a direction of the category; none: the first."""
     steps: int = 10
-    """Of the optimisation."""
-    lambda_mvg: float = InversionConfig.lambda_mvg
-    """Weight of the prior, for both; less where its curvature is beyond float32."""
+    """Of the optimisation: the first ones of a run of 1001, the authors' default."""
     seed: int = 0
     """Of the samples from which their code takes its prior."""
 
@@ -315,13 +313,13 @@ class Ours:
         theirs = self.theirs.seconds.get(seconds_of, math.nan)
         return Row(name or stage, compare(made), TOLERANCES[stage], theirs, again, max(once - again, 0.0))
 
-    def rows(self, picture: np.ndarray, direction: np.ndarray, steps: int) -> Iterator[Row]:
+    def rows(self, picture: np.ndarray, direction: np.ndarray, settings: InversionConfig) -> Iterator[Row]:
         """Every stage.
 
         Args:
           picture: [h, w, 3] uint8, as their code got it.
           direction: [num_ws, w_dim].
-          steps: of the optimisation.
+          settings: of the optimisation.
         """
         arrays, nets = self.theirs.arrays, self.nets
         yield self.row("target image", "", lambda: images.to_float(picture), lambda x: absolute(x, self.target))
@@ -349,7 +347,7 @@ class Ours:
         )
         yield from self.prior()
         yield self.row("first image", "first", lambda: self.render(self.start), lambda x: of_spread(x, arrays["first"]))
-        yield from self.optimisation(steps)
+        yield from self.optimisation(settings)
         yield self.edit(direction)
 
     def segments(self) -> Row:
@@ -399,10 +397,10 @@ class Ours:
     def render(self, chosen: Mapping[str, Any]) -> np.ndarray:
         return inversion.render(self.config, self.params, chosen, self.theirs.masks())[0]
 
-    def optimisation(self, steps: int) -> Iterator[Row]:
+    def optimisation(self, settings: InversionConfig) -> Iterator[Row]:
         """The terms of the loss at every step, and the image at the end; from their start, masks and prior."""
-        arrays = self.theirs.arrays
-        settings = InversionConfig(num_opt_steps=steps, noise="const", loss_resolution=max(self.target.shape))
+        arrays, steps = self.theirs.arrays, settings.num_opt_steps
+        settings = dataclasses.replace(settings, loss_resolution=max(self.target.shape))
         root = np.linalg.cholesky(arrays["prior_inv_cov_v"])
         prior = losses.Prior(
             *(jnp.asarray(x, jnp.float32) for x in (arrays["prior_mean_w"], arrays["prior_mean_v"], root))
@@ -447,6 +445,17 @@ class Ours:
         )
 
 
+def first_steps(count: int) -> InversionConfig:
+    """The settings that take the first steps of the authors' default run, so that rates are those of real use: at their
+    highest from the start, they would soon let rounding grow into another course."""
+    full = InversionConfig()
+    if count >= full.num_opt_steps:
+        return InversionConfig(num_opt_steps=count, noise="const")
+    rise = full.lr_rampup_length * full.num_opt_steps / count
+    fall = min(full.lr_rampdown_length, 0.5 / count)  # begins after the last step
+    return InversionConfig(num_opt_steps=count, noise="const", lr_rampup_length=rise, lr_rampdown_length=fall)
+
+
 def theirs_weighted(terms: np.ndarray, settings: InversionConfig) -> dict[str, np.ndarray]:
     """Their terms [steps, 5] times their weights, by the names of `inversion.Terms`, and the total."""
     found = {
@@ -480,6 +489,7 @@ def compare(args: Arguments, folder: Path, detectron2: Path | None) -> tuple[The
     change = editing.load_direction(direction, config.num_ws, config.w_dim)
     images.save_png(folder / "image.png", images.to_float(picture))
     threshold = category.threshold if args.threshold is None else args.threshold
+    settings = first_steps(args.steps)
     tell("running the authors' code")
     theirs = run_theirs(
         reference_sam.Job(
@@ -493,15 +503,16 @@ def compare(args: Arguments, folder: Path, detectron2: Path | None) -> tuple[The
             width=width,
             direction=str(direction.resolve()),
             threshold=None if threshold == "auto" else float(threshold),
-            steps=args.steps,
-            lambda_mvg=args.lambda_mvg,
+            steps=settings.num_opt_steps,
+            lr_rampup_length=settings.lr_rampup_length,
+            lr_rampdown_length=settings.lr_rampdown_length,
             threads=benchmark.threads(),
             seed=args.seed,
             folder=str(folder),
         )
     )
     rows = []
-    for row in Ours(nets, theirs).rows(picture, change, args.steps):
+    for row in Ours(nets, theirs).rows(picture, change, settings):
         rows.append(row)
         tell(f"{row.stage}: {'pass' if row.passed else 'fail'}")
     return theirs, rows

@@ -59,7 +59,7 @@ class Job:
       direction: .npy, the edit to apply.
       threshold: None for `balanced_threshold`.
       steps: of the optimisation.
-      lambda_mvg: weight of the prior.
+      lr_rampup_length, lr_rampdown_length: of its learning rate, as in `samjax.config.InversionConfig`.
       threads: of PyTorch.
       seed: of the samples for the prior.
       folder: where to lay out and to write; `output.npz` and `seconds.json` are the results.
@@ -76,7 +76,8 @@ class Job:
     direction: str
     threshold: float | None
     steps: int
-    lambda_mvg: float
+    lr_rampup_length: float
+    lr_rampdown_length: float
     threads: int
     seed: int
     folder: str
@@ -439,7 +440,7 @@ def run(job: Job) -> None:
         options = {
             "image_path": job.image, "image_category": job.category, "target_H": job.height, "target_W": job.width,
             "output_path": "output", "threshold": job.threshold or 0.0, "num_opt_steps": job.steps,
-            "lambda_mvg": job.lambda_mvg,
+            "lr_rampup_length": job.lr_rampup_length, "lr_rampdown_length": job.lr_rampdown_length,
         }  # fmt: skip
         sys.argv[1:] = ["--generate_edits", *(f"--{key}={value}" for key, value in options.items())]
         runpy.run_path("src/sam_inv_optimization.py", run_name="__main__")
