@@ -132,6 +132,18 @@ def test_their_terms_are_weighted_as_ours(compare):
     np.testing.assert_allclose(weighted["total"], terms @ [1, 1, 1e-8, 1e-3, 5])
 
 
+def test_first_steps_are_those_of_a_whole_run(compare):
+    def rates(config: settings.InversionConfig, steps: int) -> list[float]:
+        names = ("num_opt_steps", "lr", "lr_rampdown_length", "lr_rampup_length")
+        numbers = [jnp.asarray(getattr(config, name), jnp.float32) for name in names]
+        return [float(losses.learning_rate(jnp.asarray(i), *numbers)) for i in range(steps)]
+
+    whole = settings.InversionConfig()
+    for count in (2, 5, 60, 750):
+        np.testing.assert_allclose(rates(compare.first_steps(count), count), rates(whole, count), rtol=1e-5)
+    assert compare.first_steps(1001) == dataclasses.replace(whole, noise="const")
+
+
 # --- what their side keeps ---
 
 
@@ -172,8 +184,8 @@ def test_layout_leaves_the_checkout_alone(compare, reference, tmp_path):
     before = sorted(reference.rglob("*"))
     job = compare.reference_sam.Job(
         reference=str(reference), detectron2=None, category="cars", weights=weights, vgg="", image="", height=1,
-        width=1, direction=str(tmp_path / "csc_blue.npy"), threshold=None, steps=2, threads=1, seed=0,
-        folder=str(tmp_path),
+        width=1, direction=str(tmp_path / "csc_blue.npy"), threshold=None, steps=2, lr_rampup_length=0.05,
+        lr_rampdown_length=0.25, threads=1, seed=0, folder=str(tmp_path),
     )  # fmt: skip
     work = compare.reference_sam.lay_out(job)
     ade20k = work / "src/nets/semantic-segmentation-pytorch"
@@ -187,7 +199,7 @@ def test_layout_leaves_the_checkout_alone(compare, reference, tmp_path):
 
 
 def job_at(compare, folder):
-    return compare.reference_sam.Job("", None, "cars", {}, "", "", 1, 1, "", None, 2, 1, 0, str(folder))
+    return compare.reference_sam.Job("", None, "cars", {}, "", "", 1, 1, "", None, 2, 0, 0, 1, 0, str(folder))
 
 
 def test_their_process_gives_arrays(compare, tmp_path, monkeypatch):
@@ -317,7 +329,7 @@ def nets(compare):
 
 
 @pytest.fixture(scope="module")
-def arrays(vgg, nets):
+def arrays(compare, vgg, nets):
     """What the authors' side would give for these networks, made by ours."""
     rng = np.random.default_rng(0)
     config, params, _ = nets.generator
@@ -333,7 +345,7 @@ def arrays(vgg, nets):
     prior = losses.fit_prior(ws[:, 0])
     target = np.asarray(picture, np.float32) / 127.5 - 1
     start = latents.init_latents(layers, ws[:1])
-    run = settings.InversionConfig(num_opt_steps=2, noise="const", loss_resolution=64)
+    run = dataclasses.replace(compare.first_steps(2), loss_resolution=64)
     items = inversion.Items(target[None], masks, start, np.zeros(1, np.int64))
     result = inversion.run(config, inversion.Networks(params, vgg, prior), items, run)
     weights = np.array([1, 1, 1e-8, 1e-3, 5])
@@ -360,7 +372,7 @@ def rows_of(compare, nets, arrays, changes, monkeypatch, vgg):
     monkeypatch.setattr(compare.segmentation, "ade20k", lambda *_: lambda _: arrays["segments"])
     monkeypatch.setattr(compare.weights, "load_lpips", lambda _: vgg)
     ours = compare.Ours(nets, compare.Theirs(arrays | changes, {"losses": 3.0}))
-    return {row.stage: row for row in ours.rows(arrays["picture"], arrays["direction"], 2)}
+    return {row.stage: row for row in ours.rows(arrays["picture"], arrays["direction"], compare.first_steps(2))}
 
 
 def test_every_stage_passes_where_both_sides_agree(compare, nets, arrays, monkeypatch, vgg):
@@ -372,21 +384,22 @@ def test_every_stage_passes_where_both_sides_agree(compare, nets, arrays, monkey
 
 
 @pytest.mark.parametrize(
-    ("key", "stages"),
+    ("key", "stage", "followers"),
     [
-        ("maps", {"error maps", "layer map"}),
-        ("mask_F6", {"masks", "image after 2 steps", "losses of 2 steps", "edit at 4 strengths"}),
-        ("prior_mean_v", {"prior: mean", "losses of 2 steps"}),
-        ("terms", {"losses of 2 steps"}),
-        ("edits", {"edit at 4 strengths"}),
+        ("code", "encoder code", {"first image", "losses of 2 steps", "image after 2 steps"}),
+        ("maps", "error maps", {"layer map"}),
+        ("mask_F6", "masks", {"image after 2 steps", "losses of 2 steps", "edit at 4 strengths"}),
+        ("prior_mean_v", "prior: mean", {"losses of 2 steps"}),
+        ("terms", "losses of 2 steps", set()),
+        ("edits", "edit at 4 strengths", set()),
     ],
 )
-def test_an_error_shows_where_it_arises(compare, nets, arrays, monkeypatch, vgg, key, stages):
+def test_an_error_shows_where_it_arises(compare, nets, arrays, monkeypatch, vgg, key, stage, followers):
     changed = arrays[key][::-1].copy() if key == "maps" else arrays[key] * 1.5 + 0.01
     rows = rows_of(compare, nets, arrays, {key: changed}, monkeypatch, vgg)
-    failed = {stage for stage, row in rows.items() if not row.passed}
-    assert failed
-    assert failed <= stages
+    failed = {name for name, row in rows.items() if not row.passed}
+    assert stage in failed
+    assert failed <= {stage, *followers}
 
 
 def test_vgg16_in_torch_layout(compare, tmp_path, monkeypatch, vgg):
