@@ -472,7 +472,10 @@ def theirs_weighted(terms: np.ndarray, settings: InversionConfig) -> dict[str, n
 def caption(args: Arguments, theirs: Theirs) -> str:
     """What was compared with what."""
     chosen = np.bincount(theirs.arrays["layer_map"].ravel(), minlength=len(LATENT_NAMES))
-    shares = ", ".join(f"{name} {n / chosen.sum():.0%}" for name, n in zip(LATENT_NAMES, chosen, strict=True) if n)
+    percent = 100 * chosen / chosen.sum()
+    shares = ", ".join(
+        f"{name} {f'{x:.0f}' if x >= 1 else '<1'}%" for name, x in zip(LATENT_NAMES, percent, strict=True) if x
+    )
     count = len(np.unique(theirs.arrays["segments"]))
     return (
         f"{args.image_category}: {count} segments, threshold {float(theirs.arrays['threshold']):.4g}, layers {shares}. "

@@ -286,68 +286,80 @@ def watch(record: Record, job: Job, torch: Any) -> None:
     import mask_utils  # type: ignore[import-not-found]
     import model_utils  # type: ignore[import-not-found]
 
-    watch_loaders(record, job, model_utils, torch)
-    arrays, timed = record.arrays, record.timed
+    watch_loaders(record, model_utils, torch)
+    watch_start(record, job, latent_utils, torch)
+    watch_masks(record, job, mask_utils)
+    watch_images(record, model_utils)
+    watch_losses(record, loss_utils, lpips, torch)
 
-    def prior(statistics: Any, *_: Any) -> None:
-        torch.manual_seed(job.seed)  # as before the call: the same samples again, as it draws them one by one
-        arrays["z"] = np.concatenate([torch.randn(1, 512).numpy() for _ in range(PRIOR_SAMPLES)])
-        arrays.update({f"prior_{name}": value.numpy() for name, value in statistics.items()})
 
-    def seeded(*args: Any, function: Any = latent_utils.get_mvg_stats) -> Any:
+def watch_start(record: Record, job: Job, latent_utils: Any, torch: Any) -> None:
+    """The prior's statistics with the samples that they are taken from, and where W+ starts."""
+    arrays, statistics = record.arrays, latent_utils.get_mvg_stats
+
+    def seeded(*args: Any) -> Any:
         torch.manual_seed(job.seed)
-        return function(*args)
+        return statistics(*args)
 
-    latent_utils.get_mvg_stats = timed("prior", seeded, prior)
+    def prior(found: Any, *_: Any) -> None:
+        torch.manual_seed(job.seed)  # the same samples again, as it draws them one by one
+        arrays["z"] = np.concatenate([torch.randn(1, 512).numpy() for _ in range(PRIOR_SAMPLES)])
+        arrays.update({f"prior_{name}": value.numpy() for name, value in found.items()})
 
     def start(latents: Any, *_: Any, img_t: Any, **__: Any) -> None:
         arrays.update(code=latents["W+"][0].numpy(), image=to_numpy(img_t))
 
-    latent_utils.init_latent = timed("code", latent_utils.init_latent, start, times=2)
+    latent_utils.get_mvg_stats = record.timed("prior", seeded, prior)
+    latent_utils.init_latent = record.timed("code", latent_utils.init_latent, start, times=2)
+
+
+def watch_masks(record: Record, job: Job, mask_utils: Any) -> None:
+    """The layer of each pixel, at the job's threshold, and the masks."""
+    arrays, refine = record.arrays, mask_utils.refine
+
+    def at_threshold(maps: Any, segments: Any, tau: float) -> Any:
+        if job.threshold is None:
+            tau = balanced_threshold(arrays["maps"], segments)
+        arrays["threshold"] = np.float64(tau)
+        return refine(maps, segments, tau)
 
     def layer_map(masks: Any, *_: Any) -> None:
         found = np.stack([masks[name][0, 0].numpy() for name in LAYERS])
         assert (found.sum(axis=0) == 1).all()
         arrays["layer_map"] = found.argmax(axis=0)
 
-    def at_threshold(maps: Any, segments: Any, tau: float, function: Any = mask_utils.refine) -> Any:
-        if job.threshold is None:
-            tau = balanced_threshold(arrays["maps"], segments)
-        arrays["threshold"] = np.float64(tau)
-        return function(maps, segments, tau)
-
-    mask_utils.refine = timed("layer_map", at_threshold, layer_map)
-
     def soft(masks: Any, *_: Any) -> None:
         record.masks = masks
         arrays.update({f"mask_{name}": to_numpy(masks[name]) for name in LAYERS[1:]})
 
-    mask_utils.resize_binary_masks = timed("masks", mask_utils.resize_binary_masks, soft)
+    mask_utils.refine = record.timed("layer_map", at_threshold, layer_map)
+    mask_utils.resize_binary_masks = record.timed("masks", mask_utils.resize_binary_masks, soft)
+
+
+def watch_images(record: Record, model_utils: Any) -> None:
+    """The image of the start, each step's beginning, and the edits with the latents that they start from."""
+    arrays, form = record.arrays, model_utils.custom_forward
+    edits: list[np.ndarray] = []
+
+    def next_step(**options: Any) -> Any:
+        record.began = record.began or time.perf_counter()
+        record.steps.append({})
+        return form(**options)
 
     def formed(image: Any, **_: Any) -> None:
         arrays.setdefault("first", to_numpy(image))
-
-    def next_step(function: Any = model_utils.custom_forward, **options: Any) -> Any:
-        record.began = record.began or time.perf_counter()
-        record.steps.append({})
-        return function(**options)
-
-    model_utils.custom_forward = timed("first", next_step, formed)
-    watch_losses(record, loss_utils, lpips, torch)
-
-    edits: list[np.ndarray] = []
 
     def edited(image: Any, _: Any, latents: Any, *__: Any) -> None:
         edits.append(to_numpy(image))
         record.latents = latents
         record.seconds["edits"] = record.seconds.get("edits", 0.0) + record.seconds["edit"]
-        arrays.update({f"latent_{name}": to_numpy(latents[name]) for name in LAYERS})
-        arrays["edits"] = edits
+        arrays.update({f"latent_{name}": to_numpy(latents[name]) for name in LAYERS}, edits=edits)
 
-    model_utils.edit_image = timed("edit", model_utils.edit_image, edited)
+    model_utils.custom_forward = record.timed("first", next_step, formed)
+    model_utils.edit_image = record.timed("edit", model_utils.edit_image, edited)
 
 
-def watch_loaders(record: Record, job: Job, model_utils: Any, torch: Any) -> None:
+def watch_loaders(record: Record, model_utils: Any, torch: Any) -> None:
     """The functions that load networks: what they give is wrapped in turn."""
     arrays, timed = record.arrays, record.timed
 
