@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -56,3 +57,23 @@ def connect(distributed: bool, coordinator: str | None, num_processes: int | Non
         if None in given:
             raise UserError("--coordinator, --num_processes and --process_id go together: give all three")
         jax.distributed.initialize(*given)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, in order; label images, NAME_segments.png, are not among them.
+
+    Raises:
+      UserError: there are none, or two whose names differ only in their endings, for results carry names without.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: it must be a folder of images")
+    images = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_KINDS)
+    found = sorted(path for path in images if not path.stem.endswith("_segments"))
+    if not found:
+        raise UserError(f"{folder} holds no images ({', '.join(IMAGE_KINDS)})")
+    seen: dict[str, Path] = {}
+    for path in found:
+        if path.stem in seen:
+            raise UserError(f"{seen[path.stem]} and {path.name} would have the same results: rename one")
+        seen[path.stem] = path
+    return found

@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cli
 import jax
@@ -29,6 +29,7 @@ import numpy as np
 import tqdm
 
 from samjax import api, demo, maps
+from samjax.config import InversionConfig
 from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import latent_layers, single_layer_masks
@@ -36,7 +37,9 @@ from samjax.metrics import edit_effect, quality
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(networks.Flags):
+class Flags(networks.Flags):
+    """What to evaluate on, and how it is inverted."""
+
     images: Path | None = None
     """A folder, with NAME_segments.png beside images where there are label images; none: hard scenes of the demo."""
     fit: Literal["stretch", "letterbox", "crop"] = "stretch"
@@ -46,18 +49,22 @@ class Arguments(networks.Flags):
     """How many hard scenes."""
     scene_seed: int = 1
     """Which hard scenes: 1 are the held-out ones, the demo's threshold was chosen on those of 2."""
-    thresholds: tuple[float, ...] | None = None
-    """Mean error up to which a segment may use a layer; none: that of the category."""
     num_opt_steps: int | None = None
     """Steps of every inversion; none: 1001, the demo 100."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """Network of the loss; none: vgg, the demo alex. The table's LPIPS is always VGG's."""
-    edit: Path | None = None
-    """The direction whose effect is measured; none: the demo's "blue car"."""
-    edit_strength: float = 2.0
     batch_size: int | None = None
     """Inversions in one program; none: 1 on a CPU, 8 elsewhere."""
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Flags):
+    thresholds: tuple[float, ...] | None = None
+    """Mean error up to which a segment may use a layer; none: that of the category."""
+    edit: Path | None = None
+    """The direction whose effect is measured; none: the demo's "blue car"."""
+    edit_strength: float = 2.0
 
 
 class Example(NamedTuple):
@@ -75,7 +82,7 @@ class Figures(NamedTuple):
     seconds: float
 
 
-def examples(args: Arguments, nets: networks.Networks) -> Iterator[Example]:
+def examples(args: Flags, nets: networks.Networks) -> Iterator[Example]:
     """What to evaluate on, one at a time."""
     height, width = nets.category.target_size
     if args.images is None:
@@ -86,7 +93,7 @@ def examples(args: Arguments, nets: networks.Networks) -> Iterator[Example]:
             image = images.to_float(images.to_uint8(scenes.image[i]))
             yield Example(f"scene{args.scene_seed}_{i:03d}", image, labels, labels == demo.scenes.CAR)
         return
-    for path in image_files(args.images):
+    for path in cli.image_files(args.images):
         target = images.to_float(images.fit(images.read_image(path), height, width, args.fit))
         beside = path.with_name(f"{path.stem}_segments.png")
         if beside.exists():
@@ -94,16 +101,6 @@ def examples(args: Arguments, nets: networks.Networks) -> Iterator[Example]:
         else:
             labels = networks.segments(nets, target, args.swap_channels)
         yield Example(path.stem, target, labels, np.ones((height, width), bool))
-
-
-def image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give --images a folder of images")
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    found = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds and not p.stem.endswith("_segments")]
-    if not found:
-        raise UserError(f"{folder} holds no images ({', '.join(kinds)})")
-    return found
 
 
 def evaluate(
@@ -188,29 +185,46 @@ def markdown(rows: dict[str, Figures], caption: str) -> str:
     return "\n".join([*lines, "", caption, ""])
 
 
-def main(args: Arguments) -> None:
-    if args.images is None and (args.gan_weights is not None or args.image_category not in (None, "demo")):
+def count_examples(args: Flags) -> int:
+    """How many images there will be. Raises UserError if there are none for such a generator."""
+    if args.images is not None:
+        return len(cli.image_files(args.images))
+    if args.gan_weights is not None or args.image_category not in (None, "demo"):
         raise UserError("--images is missing, a folder of images: the hard scenes are the demo's")
-    count = args.scenes if args.images is None else len(image_files(args.images))
-    nets = networks.load(args, segments_given=args.images is None)
-    generator, category = nets.generator, nets.category
-    thresholds = list(args.thresholds or (category.threshold,))
-    config = dataclasses.replace(
+    return args.scenes
+
+
+def settings(args: Flags, nets: networks.Networks) -> InversionConfig:
+    """Those of all inversions."""
+    category = nets.category
+    return dataclasses.replace(
         category.config,
-        latent_names=tuple(layer.name for layer in latent_layers(generator.config)),
+        latent_names=tuple(layer.name for layer in latent_layers(nets.generator.config)),
         num_opt_steps=args.num_opt_steps or category.config.num_opt_steps,
         lpips_type=args.lpips_type or category.config.lpips_type,
         batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
         loss_resolution=max(category.target_size),
     )
+
+
+def fingerprint(network: Any) -> str:
+    """What tells one network from another: a hash of some of its weights."""
+    tree = None if network is None else network[1]  # the variables
+    some = np.concatenate([np.ravel(x)[:100] for x in jax.tree.leaves(tree)] or [np.zeros(0)])
+    return hashlib.sha256(some.tobytes()).hexdigest()[:16]
+
+
+def main(args: Arguments) -> None:
+    count = count_examples(args)
+    nets = networks.load(args, segments_given=args.images is None)
+    category, config = nets.category, settings(args, nets)
+    thresholds = list(args.thresholds or (category.threshold,))
     networks.check_layers(nets, config.latent_names)
     folder = files.output_folder(args.output_path)
-    models = api.load_models(generator, config, seed=args.seed)
-    weights = np.concatenate([np.ravel(x)[:100] for x in jax.tree.leaves(generator.params)]).tobytes()
-    looks = [networks.origin(nets.encoder), networks.origin(nets.predictor), category.segmenter, category.start]
+    models = api.load_models(nets.generator, config, seed=args.seed)
+    looks = [*map(fingerprint, (nets.generator, nets.encoder, nets.predictor)), category.segmenter, category.start]
     choices = (config, thresholds, args.edit_strength, edit_path(args), args.fit, args.swap_channels, args.seed)
-    settings = repr((*choices, *looks, hashlib.sha256(weights).hexdigest()))
-    run = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    run = hashlib.sha256(repr((*choices, *looks)).encode()).hexdigest()[:8]
     done: dict[str, dict[str, Figures]] = {}
     for example in tqdm.tqdm(examples(args, nets), total=count, unit="image"):
         path = folder / f"{example.name}_{run}.json"
@@ -221,11 +235,7 @@ def main(args: Arguments) -> None:
         files.write_json(path, {name: row._asdict() for name, row in done[example.name].items()})
     names = next(iter(done.values())).keys()
     means = {name: Figures(*np.mean([rows[name] for rows in done.values()], axis=0).tolist()) for name in names}
-    what = (
-        f"{count} hard scenes of the demo"
-        if args.images is None
-        else f"{count} images of {args.images.name}"
-    )
+    what = f"{count} hard scenes of the demo" if args.images is None else f"{count} images of {args.images.name}"
     shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
     device = jax.devices()[0].device_kind
     caption = f"{what}; {config.num_opt_steps} steps with LPIPS-{config.lpips_type}, threshold {shown}; {device}."

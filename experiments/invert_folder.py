@@ -86,21 +86,6 @@ def final(output: Path, layer: str, path: Path) -> Path:
     return output / layer / path.stem / "final"
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder, in order; their names without endings must differ, for results carry those."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give --image_folder a folder of images")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in cli.IMAGE_KINDS)
-    if not found:
-        raise UserError(f"{folder} holds no images ({', '.join(cli.IMAGE_KINDS)})")
-    seen: dict[str, Path] = {}
-    for path in found:
-        if path.stem in seen:
-            raise UserError(f"{seen[path.stem]} and {path.name} would have the same results: rename one")
-        seen[path.stem] = path
-    return found
-
-
 def unfinished(paths: list[Path], output: Path, names: tuple[str, ...]) -> list[Task]:
     """What is left to do; the reconstruction is written last, so that it stands for the rest."""
     tasks = []
@@ -159,7 +144,7 @@ def invert(batch: list[Item], args: Arguments, nets: networks.Networks, models: 
 
 
 def main(args: Arguments) -> None:
-    paths = image_files(args.image_folder)
+    paths = cli.image_files(args.image_folder)
     cli.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     nets = networks.load(args, segments_given=True)
     generator, category = nets.generator, nets.category

@@ -225,6 +225,6 @@ def encode(networks: Networks, target: np.ndarray) -> np.ndarray:
     return encoding.e4e(variables, config)(target[None])[0]
 
 
-def origin(network: LoadedNetwork | None) -> str | None:
+def origin(network: LoadedNetwork | LoadedGenerator | None) -> str | None:
     """What tells one network from another, for the notes of a run: the hash of the file that it came from."""
     return None if network is None else str(network.manifest.get("source", {}).get("sha256"))[:16]

@@ -42,9 +42,7 @@ def photograph(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("category", "shape"), [("cars", (384, 512)), ("faces", (1024, 1024)), ("cats", (256, 256))]
-)
+@pytest.mark.parametrize(("category", "shape"), [("cars", (384, 512)), ("faces", (1024, 1024)), ("cats", (256, 256))])
 def test_a_category_from_its_files_to_edits(invert, category, shape, photograph, tmp_path):
     official_files.write(category, tmp_path / "weights")
     for edit in sorted((tmp_path / "weights" / "edits" / category).iterdir())[1:]:

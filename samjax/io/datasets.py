@@ -7,13 +7,13 @@ that a seed and the position decide, so that a run which was stopped goes on wit
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 from PIL import Image, ImageFilter
 
 from samjax.config import LATENT_NAMES
@@ -45,6 +45,10 @@ class Sample(NamedTuple):
     image: np.ndarray
     inversions: np.ndarray
     segments: np.ndarray
+
+
+Labels = Callable[[str], np.ndarray]
+"""From an image's name to its labels [h, w]."""
 
 
 def find(folder: Path, latent_names: Sequence[str] | None = None) -> Dataset:
@@ -108,9 +112,8 @@ def read(example: Example, height: int, width: int) -> tuple[np.ndarray, np.ndar
     Raises:
       UserError: a file cannot be read.
     """
-    silent = lambda _: None  # noqa: E731
     first, *rest = (
-        images.fit(images.read_image(path, notify=silent), height, width)
+        images.fit(images.read_image(path, notify=_silent), height, width)
         for path in (example.image, *example.inversions)
     )
     return first, np.stack(rest)
@@ -130,7 +133,7 @@ def augment(sample: Sample, rng: np.random.Generator) -> Sample:
 
 def samples(
     dataset: Dataset,
-    segments: Callable[[str], np.ndarray],
+    labels: Labels,
     size: tuple[int, int],
     *,
     train: bool,
@@ -140,7 +143,7 @@ def samples(
 
     Args:
       dataset: of `find`.
-      segments: gives the labels [h, w] of an image by its name.
+      labels: of its images.
       size: height and width.
       train: shuffles, anew in every epoch, and augments, for ever; otherwise each example comes once, in order.
       seed: of order and augmentation.
@@ -148,7 +151,7 @@ def samples(
     import grain
 
     def load(example: Example) -> Sample:
-        return Sample(*read(example, *size), segments(example.name))
+        return Sample(*read(example, *size), labels(example.name))
 
     source = grain.MapDataset.source(dataset.examples).seed(seed)
     if not train:
@@ -156,13 +159,32 @@ def samples(
     return source.shuffle().repeat().map(load).random_map(augment)
 
 
+def pictures(
+    paths: Sequence[Path], *, size: tuple[int, int], fit: images.Fit = "stretch", train: bool, seed: int = 0
+) -> Any:
+    """Images alone, uint8 [h, w, 3], by position: a Grain dataset.
+
+    Args:
+      paths: of the files.
+      size: height and width.
+      fit: how images of another shape are brought to it.
+      train: shuffles, anew in every epoch, for ever; otherwise each image comes once, in order.
+      seed: of the order.
+    """
+    import grain
+
+    source = grain.MapDataset.source(list(paths)).seed(seed)
+    source = source.shuffle().repeat() if train else source
+    return source.map(lambda path: images.fit(images.read_image(path, notify=_silent), *size, fit))
+
+
 def batches(
     source: Any, batch_size: int, start: int, stop: int, *, part: tuple[int, int] = (0, 1), threads: int = 8
-) -> Any:
+) -> Iterator[Any]:
     """The batches from number `start` to `stop`, read ahead.
 
     Args:
-      source: of `samples`.
+      source: of `samples` or `pictures`.
       batch_size: over all processes.
       start: number of the first batch; any gives what a run from 0 would have given.
       stop: number after the last one.
@@ -170,9 +192,11 @@ def batches(
       threads: that read.
 
     Yields:
-      `samjax.training.Batch` of host arrays, float32 images in [-1, 1]; a last batch beyond the source's end is filled
-      up by its last example.
+      What the source gives, stacked along a new first axis; a last batch beyond the source's end is filled up by its
+      last example.
     """
+    import jax
+
     index, count = part
     own = batch_size // count
     last = len(source) - 1
@@ -188,14 +212,19 @@ def batches(
             chosen = [future.result() for future in waiting.pop(0)]
             if number + 2 < stop:
                 waiting.append(ask(number + 2))
-            image, inversions, segments = (np.stack(part) for part in zip(*chosen, strict=True))
-            yield Batch(images.to_float(image), images.to_float(inversions), segments.astype(np.int32))
+            yield jax.tree.map(lambda *arrays: np.stack(arrays), *chosen)
 
 
-def cached_segments(
+def to_batch(samples: Sample) -> Batch:
+    """Stacked samples as a training step takes them."""
+    image, inversions, segments = samples
+    return Batch(images.to_float(image), images.to_float(inversions), segments.astype(np.int32))
+
+
+def cache_segments(
     folder: Path, dataset: Dataset, size: tuple[int, int], segment: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[str], np.ndarray]:
-    """Labels by an image's name, made by `segment` for all images that `folder` does not have yet.
+) -> None:
+    """Makes the label images that `folder` does not have yet.
 
     Args:
       folder: label images, NAME.png.
@@ -204,16 +233,20 @@ def cached_segments(
       segment: from an image [h, w, 3] in [-1, 1] to labels [h, w].
 
     Raises:
-      UserError: an image cannot be read.
+      UserError: an image cannot be read, or the disk refuses.
     """
-    for example in dataset.examples:
+    for example in tqdm.tqdm(dataset.examples, unit="image", desc="segments", leave=False):
         path = folder / f"{example.name}.png"
         if not path.exists():
-            image = images.fit(images.read_image(example.image, notify=lambda _: None), *size)
+            image = images.fit(images.read_image(example.image, notify=_silent), *size)
             labels = np.unique(segment(images.to_float(image)), return_inverse=True)[1].reshape(size)
             images.save_segments(path, np.minimum(labels, 255))
-    return functools.partial(_labels, folder, size)
 
 
-def _labels(folder: Path, size: tuple[int, int], name: str) -> np.ndarray:
+def read_labels(folder: Path, size: tuple[int, int], name: str) -> np.ndarray:
+    """What `cache_segments` made of the image `name`. Raises UserError if it is no longer there."""
     return images.read_segments(folder / f"{name}.png", *size, size)
+
+
+def _silent(_: str) -> None:
+    """Takes what `images.read_image` has to say of an image."""

@@ -172,7 +172,6 @@ NO_CONNECTION = "no connection"
 """How the reason ends where a host cannot be reached at all."""
 
 
-
 class _BrokenOff(OSError):
     """A download that ended early."""
 
@@ -204,9 +203,13 @@ class _Resuming:
                 state.unlink()  # nothing to tell by whether the file stayed the same: not resumed
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None
-            with self.part.open("ab" if have else "wb") as out, tqdm(
-                desc=self.label, total=total, initial=have, unit="B", unit_scale=True, disable=not self.progress
-            ) as bar, contextlib.suppress(requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
+            with (
+                self.part.open("ab" if have else "wb") as out,
+                tqdm(
+                    desc=self.label, total=total, initial=have, unit="B", unit_scale=True, disable=not self.progress
+                ) as bar,
+                contextlib.suppress(requests.exceptions.ChunkedEncodingError, requests.ConnectionError),
+            ):
                 for chunk in response.iter_content(2**16):
                     out.write(chunk)
                     bar.update(len(chunk))

@@ -24,6 +24,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         files.output_folder(folder)
+        self._best = best
         keep = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -48,10 +49,20 @@ class Checkpoints:
         """The step of the best state."""
         return self._manager.best_step()
 
-    def save(self, step: int, state: Any, figures: Mapping[str, float]) -> None:
-        """Begins to write a state; returns before it is written. Raises UserError if the disk refuses."""
+    def save(self, step: int, state: Any, figures: Mapping[str, float] | None = None) -> None:
+        """Begins to write a state; returns before it is written.
+
+        Args:
+          step: its number.
+          state: a pytree of arrays.
+          figures: of its validation; a state without can be the last one, but not the best.
+
+        Raises:
+          UserError: the disk refuses.
+        """
+        metrics = {self._best: float("inf"), **(figures or {})}
         try:
-            self._manager.save(step, args=self._args.StandardSave(state), metrics=dict(figures), force=True)
+            self._manager.save(step, args=self._args.StandardSave(state), metrics=metrics, force=True)
         except OSError as error:
             raise UserError(f"cannot write {self._manager.directory}: {error.strerror or error}") from error
 
@@ -89,13 +100,13 @@ class Log:
     What an earlier run wrote after the step at which this one goes on is dropped: it comes again.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool = True) -> None:
-        """Goes on after `step` of what is in `folder`."""
+    def __init__(self, folder: Path, step: int, write: bool = True) -> None:
+        """Goes on after `step` of what is in `folder`; without `write` the figures are kept in memory alone."""
         self.path = files.output_folder(folder) / "metrics.jsonl"
         self.rows = [row for row in _rows(self.path) if row["step"] <= step]
-        files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._board = None
-        if tensorboard:
+        if write:
+            files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -104,11 +115,12 @@ class Log:
         """Adds the figures of a step."""
         row = {"step": step, **{name: float(value) for name, value in figures.items()}}
         self.rows.append(row)
+        if self._board is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, float(value), step)
+        for name, value in figures.items():
+            self._board.add_scalar(name, float(value), step)
 
     def close(self) -> None:
         if self._board is not None:

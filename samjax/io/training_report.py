@@ -19,9 +19,7 @@ _EDGE, _GAP, _SMALL, _LARGE = 24, 10, 15, 20
 _TRAIN, _VAL = (150, 170, 195), (176, 58, 46)
 
 
-def maps_picture(
-    examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str], height: int = 128
-) -> Uint8:
+def maps_picture(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str], height: int = 128) -> Uint8:
     """Rows of pictures: an image, and below each layer's name its true map over the predicted one.
 
     Args:
@@ -52,13 +50,26 @@ def maps_picture(
     return sheet.array()
 
 
-def curve_picture(rows: Sequence[Mapping[str, Any]]) -> Uint8:
-    """The course of the loss and of the segments' error over the steps, in training and in validation.
+def pairs_picture(first: np.ndarray, second: np.ndarray, names: tuple[str, str], height: int = 160) -> Uint8:
+    """Two rows of images [N, h, w, 3] in [-1, 1], one below the other; uint8 [H, W, 3]."""
+    width = round(height * first.shape[2] / first.shape[1])
+    side = 130
+    sheet = Sheet(2 * _EDGE + side + (width + _GAP) * len(first) - _GAP, 2 * _EDGE + 2 * height + _GAP)
+    for row, (name, pictures) in enumerate(zip(names, (first, second), strict=True)):
+        y = _EDGE + row * (height + _GAP)
+        sheet.text(_EDGE, y + height // 2 - 8, name, _SMALL, MUTED)
+        for i, picture in enumerate(pictures):
+            sheet.image(_EDGE + side + i * (width + _GAP), y, resize(to_uint8(picture), height, width))
+    return sheet.array()
+
+
+def curve_picture(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str, str]]) -> Uint8:
+    """The course of figures over the steps, in training and in validation.
 
     Args:
       rows: figures by step, as `samjax.io.runs.Log` has them.
+      panels: title, name of the figure in training, and in validation, of each.
     """
-    panels = (("Loss", "loss", "val_loss"), ("Error of segment means", "segment_error", "val_segment_error"))
     width, height, left = 900, 260, 80
     sheet = Sheet(width, 2 * _EDGE + len(panels) * (height + 60))
     last = max((row["step"] for row in rows), default=1)

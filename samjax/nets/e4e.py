@@ -211,6 +211,30 @@ def encode(variables: Variables, images: Array, config: E4EConfig) -> Array:
     Raises:
       ValueError: images of another shape or kind, or too large.
     """
+    _check(images, config)
+    return Encoder(config).apply(variables, images)  # type: ignore[return-value]
+
+
+def train_codes(variables: Variables, images: Array, config: E4EConfig) -> tuple[Array, Variables]:
+    """Styles as training needs them: normalised by the batch's own statistics.
+
+    Args:
+      variables: as `encode` takes them.
+      images: as `encode` takes them.
+      config: the encoder's sizes.
+
+    Returns:
+      [N, num_styles, style_dim], and the new "batch_stats": 0.9 of the old ones and 0.1 of this batch's.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    _check(images, config)
+    codes, changed = Encoder(config, train=True).apply(variables, images, mutable=["batch_stats"])
+    return codes, changed["batch_stats"]  # type: ignore[return-value]
+
+
+def _check(images: Array, config: E4EConfig) -> None:
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -220,4 +244,3 @@ def encode(variables: Variables, images: Array, config: E4EConfig) -> Array:
         raise ValueError(
             f"this encoder takes images of 1 to {config.max_size} pixels a side, not {height} x {width}: resize them"
         )
-    return Encoder(config).apply(variables, images)  # type: ignore[return-value]
