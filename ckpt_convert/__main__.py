@@ -29,12 +29,15 @@ that the file carries is run. OUT_DIR appears whole: an Orbax checkpoint and man
 
 All files of an official category, downloaded and converted (see `get --help`):
   python -m ckpt_convert get cars|faces|cats
-The other way, for generators:
+The other way, for generators and for invertibility predictors:
   python -m ckpt_convert export OUT_DIR FILE.safetensors --names nvidia|rosinality
+  python -m ckpt_convert export OUT_DIR FILE.pt --names sam
 """
 _EXPORT = """\
-Writes a converted generator as a safetensors file with the names and layouts of a PyTorch program, whose network
-then loads it: safetensors.torch.load_file(FILE) gives the state dict. Converted back, it is the same to the last bit.
+Writes a network of samjax with the names and layouts of a PyTorch program, whose network then loads it. A generator
+becomes a safetensors file: safetensors.torch.load_file(FILE) gives the state dict. An invertibility predictor becomes
+a .pt file like those that SAM's authors publish: torch.load(FILE) gives sd_base and a state dict for each layer.
+Converted back, they are the same to the last bit.
 """
 
 
@@ -42,17 +45,17 @@ def _export(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m ckpt_convert export", description=_EXPORT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("generator", metavar="OUT_DIR", help="a converted generator")
-    parser.add_argument("file", metavar="FILE.safetensors", help="the file to write")
+    parser.add_argument("network", metavar="OUT_DIR", help="a converted generator, or an invertibility predictor")
+    parser.add_argument("file", metavar="FILE", help="the file to write")
     parser.add_argument(
-        "--names", choices=("nvidia", "rosinality"), required=True,
+        "--names", choices=("nvidia", "rosinality", "sam"), required=True,
         help="nvidia: Generator of stylegan2-ada-pytorch and stylegan3; rosinality: Generator of stylegan2-pytorch,"
-        " with latent_avg beside it",
+        " with latent_avg beside it; sam: the invertibility predictor",
     )  # fmt: skip
     args = parser.parse_args(arguments)
     from ckpt_convert import convert
 
-    notes = convert.export(args.generator, args.file, args.names)
+    notes = convert.export(args.network, args.file, args.names)
     print(f"{args.file}: written with the names of {args.names}")
     for note in notes:
         print(f"note: {note}")

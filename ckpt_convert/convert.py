@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,10 @@ from ckpt_convert.formats.arrays import Checkpoint, Loaded, Stored, View
 from samjax.errors import UserError
 from samjax.io import checkpoints, pickles
 from samjax.nets import stylegan2
+from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
 
-Names = Literal["nvidia", "rosinality"]
+Names = Literal["nvidia", "rosinality", "sam"]
 Sources = str | Path | Sequence[str | Path]
 
 RECOGNITION = (e4e.NETWORK, deeplab.NETWORK, ade20k.NETWORK, bisenet.NETWORK, mask_rcnn.NETWORK)
@@ -263,12 +265,13 @@ def convert(sources: Sources, out_dir: str | Path, network: str | None = None) -
 
 
 def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
-    """Writes a converted generator as a safetensors file with the names and layouts of another program.
+    """Writes a converted network with the names and layouts of another program.
 
-    `read` reads such a file back to the same bits; the config is in the file's metadata.
+    `read` reads such a file back to the same bits. A generator becomes a safetensors file of its state dict, with the
+    config in the metadata; an invertibility predictor ("sam") a file of `torch.save` like the authors' published ones.
 
     Args:
-      folder: of a generator, or a safetensors file of ours; see `samjax.io.checkpoints.load_generator`.
+      folder: of the network; see `samjax.io.checkpoints.load_network`.
       path: of the file; one that exists is replaced.
       names: whose names.
 
@@ -276,8 +279,20 @@ def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
       What a user of the file should know.
 
     Raises:
-      UserError: there is no whole generator at `folder`, their network cannot hold it, or `path` cannot be written.
+      UserError: there is no such network at `folder`, the other program's cannot hold it, or `path` cannot be written.
     """
+    return _export_predictor(folder, path) if names == "sam" else _export_generator(folder, path, names)
+
+
+def _export_predictor(folder: str | Path, path: str | Path) -> list[str]:
+    config, variables, _ = checkpoints.load_network(folder, "invertibility")
+    torch_file.write(path, deeplab.to_theirs(checkpoints.flatten(variables)))
+    if config != dataclasses.replace(PredictorConfig(), latent_names=config.latent_names):
+        return ["the authors' program has predictors of its own size only (a ResNet-101), and this one is another"]
+    return []
+
+
+def _export_generator(folder: str | Path, path: str | Path, names: Names) -> list[str]:
     config, params, manifest = checkpoints.load_generator(folder)
     held = stylegan2_tables.to_theirs(stylegan2_tables.NAMINGS[names], checkpoints.flatten(params), config)
     metadata = {

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ckpt_convert import tables
 from ckpt_convert.formats.arrays import Stored
 from ckpt_convert.tables import RESNET, Layout, Network, Row, torch_rows
@@ -135,6 +137,22 @@ def config(arrays: Mapping[str, Stored]) -> PredictorConfig:
         )
     except ValueError as error:
         raise UserError(f"no invertibility predictor: {error}") from error
+
+
+def to_theirs(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """A predictor's variables, by our flat names, as the dictionary of state dicts in a published file.
+
+    PyTorch counts the batches that each batch normalisation has seen, for nothing that matters here: zeros.
+    """
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for path, value in variables.items():
+        name, layout = tables.find(ROWS, path)
+        part, _, rest = name.partition(".")
+        state = parts.setdefault(part, {})
+        state[rest] = layout.theirs(np.asarray(value, np.float32))
+        if rest.endswith(".running_var"):
+            state[rest.removesuffix("running_var") + "num_batches_tracked"] = np.zeros((), np.int64)
+    return parts
 
 
 NETWORK = Network(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,15 +145,26 @@ def train(args: Flags, job: Job) -> Trained:
       UserError: a checkpoint is damaged, or the disk refuses.
     """
     folder, chief = args.output_folder, jax.process_index() == 0
-    saved = runs.Checkpoints(folder / "checkpoints", "val_loss")
-    state = job.state
-    if saved.last is not None:
-        state = saved.restore(saved.last, state)
-        if chief:
-            print(f"resuming after step {saved.last} of {job.num_steps}", flush=True)
-    first = int(state.step)
-    log = runs.Log(folder, first, write=chief)
-    began = time.perf_counter()
+    with runs.Checkpoints(folder / "checkpoints", "val_loss") as saved:
+        state = job.state
+        if saved.last is not None:
+            state = saved.restore(saved.last, state)
+            if chief:
+                print(f"resuming after step {saved.last} of {job.num_steps}", flush=True)
+        with runs.Log(folder, int(state.step), write=chief) as log:
+            state = run(args, job, state, saved, log)
+        saved.wait()
+        best = saved.best if saved.best is not None else saved.last
+        assert best is not None
+        variables = jax.tree.map(np.asarray, saved.restore(best, state).variables)
+    if chief:
+        images.save_png(folder / "curve.png", training_report.curve_picture(log.rows, job.panels))
+    return Trained(best, variables, log.rows)
+
+
+def run(args: Flags, job: Job, state: Any, saved: runs.Checkpoints, log: runs.Log) -> Any:
+    """The loop itself; gives the last state."""
+    first, began, chief = int(state.step), time.perf_counter(), jax.process_index() == 0
     with tqdm.tqdm(total=job.num_steps, initial=first, unit="step", disable=not chief) as bar:
         for number, batch in enumerate(job.stream(first), first + 1):
             state, metrics = job.step(state, batch)
@@ -165,26 +177,20 @@ def train(args: Flags, job: Job) -> Trained:
                 figures, picture = job.validate(state.variables)
                 log.write(number, figures)
                 if chief:
-                    images.save_png(folder / "pictures" / f"{number:06d}.png", picture)
+                    images.save_png(args.output_folder / "pictures" / f"{number:06d}.png", picture)
                 saved.save(number, state, figures)
             elif number % args.save_frequency == 0:
                 saved.save(number, state)
             bar.update()
-    saved.wait()
-    log.close()
-    best = saved.best if saved.best is not None else saved.last
-    assert best is not None
-    variables = saved.restore(best, state).variables
-    saved.close()
-    if chief:
-        images.save_png(folder / "curve.png", training_report.curve_picture(log.rows, job.panels))
-    return Trained(best, jax.tree.map(np.asarray, variables), log.rows)
+    return state
 
 
 def save_network(folder: Path, config: Any, trained: Trained) -> None:
-    """Writes a trained network as a converted one; what an earlier end of the same run wrote is replaced."""
+    """Writes a trained network beside its run's settings, by which it is known; the same run's is replaced."""
+    settings = (folder.parent / "settings.json").read_bytes()
     origin = {
-        "source": {"file": str(folder)}, "source_format": f"trained by samjax, step {trained.best}",
+        "source": {"sha256": hashlib.sha256(settings + str(trained.best).encode()).hexdigest()},
+        "source_format": f"trained by samjax, step {trained.best}",
         "licence": "of the pictures and the generator that it was trained with", "notes": [],
     }  # fmt: skip
     checkpoints.save_network(folder, config, trained.variables, origin)

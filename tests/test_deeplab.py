@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from golden_weights import load_fill
 
+from ckpt_convert import convert as convert_module
 from ckpt_convert import deeplab as table
 from ckpt_convert import tables
 from ckpt_convert.formats.torch_file import Storage, Tensor
@@ -113,16 +114,9 @@ def random_variables(config: PredictorConfig, seed: int = 0) -> dict[str, np.nda
 
 
 def their_file(flat: dict[str, np.ndarray]) -> dict[str, dict[str, Tensor]]:
-    """The published file that would hold these variables: the table the other way."""
-    file: dict[str, dict[str, Tensor]] = {}
-    for path, values in flat.items():
-        name, layout = tables.find(table.NETWORK.rows, path)
-        part, _, rest = name.partition(".")
-        file.setdefault(part, {})[rest] = tensor(layout.theirs(values))
-        if rest.endswith("running_var"):
-            counter = rest.replace("running_var", "num_batches_tracked")
-            file[part][counter] = tensor(np.zeros((), np.int64))
-    return file
+    """The published file that would hold these variables."""
+    parts = table.to_theirs(flat)
+    return {part: {name: tensor(array) for name, array in state.items()} for part, state in parts.items()}
 
 
 @pytest.fixture
@@ -138,6 +132,25 @@ def test_conversion_takes_every_array_there_and_back(published):
         assert back[part].keys() == state.keys()
         for name, array in state.items():
             np.testing.assert_array_equal(back[part][name].array(), array.array(), err_msg=f"{part} {name}")
+
+
+def test_export_is_a_file_of_the_authors(tmp_path):
+    """Torch itself reads it, without running anything, and our conversion gives back the same bits."""
+    torch = pytest.importorskip("torch")
+    flat = random_variables(SMALL)
+    checkpoints.save_network(tmp_path / "ours", SMALL, checkpoints.unflatten(flat), {"source": {"file": "x"}})
+    notes = convert_module.export(tmp_path / "ours", tmp_path / "there.pt", "sam")
+    assert len(notes) == 1  # not of the size that their program has
+    found = torch.load(tmp_path / "there.pt", weights_only=True)
+    assert set(found) == {"sd_base", *SMALL.latent_names}
+    state = found["sd_base"]
+    assert state["backbone.bn1.num_batches_tracked"].dtype == torch.int64
+    assert state["backbone.bn1.num_batches_tracked"].shape == ()
+    kernel = flat["params/base/backbone/conv1/kernel"]
+    np.testing.assert_array_equal(state["backbone.conv1.weight"].numpy(), kernel.transpose(3, 2, 0, 1))
+    config, back = convert_module.read(tmp_path / "there.pt")[:2]
+    assert config == SMALL
+    assert all((back[name] == flat[name]).all() for name in flat)
 
 
 def test_small_predictors_are_recognised(small_file):

@@ -1,4 +1,4 @@
-"""Files of `torch.save`: zip archives (since 1.6) and the legacy form before them, read without torch.
+"""Files of `torch.save`: zip archives (since 1.6) and the legacy form before them, read and written without torch.
 
 Both hold a pickle in which a tensor is a storage, an offset, sizes and strides, and the storages' bytes beside it.
 """
@@ -10,7 +10,8 @@ import functools
 import io
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ckpt_convert.formats import arrays
 from ckpt_convert.formats.arrays import View, sizes
 from samjax.errors import UserError
-from samjax.io import pickles
+from samjax.io import files, pickles
 
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How legacy files begin: the pickle of their magic number."""
@@ -289,3 +290,68 @@ def storage_from_bytes(data: Any) -> Storage:
     if not isinstance(found, Storage):
         raise UserError("the pickle holds a storage that is not a torch file: damaged?")
     return found
+
+
+# Writing.
+
+
+def write(path: str | Path, found: Mapping[str, Any]) -> None:
+    """Writes nested dictionaries of arrays as `torch.save` would, as tensors on the CPU; the file appears whole.
+
+    `torch.load(path, weights_only=True)` gives the same dictionaries.
+
+    Args:
+      path: of the file; one that exists is replaced.
+      found: arrays, and dictionaries of them, by name.
+
+    Raises:
+      UserError: the path cannot be written.
+      ValueError: arrays of a kind that torch lacks.
+    """
+    storages: list[np.ndarray] = []
+    program = b"\x80\x02" + _emit(found, storages) + b"."  # protocol 2, as torch has
+    with files.whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/byteorder", "little")
+        for key, array in enumerate(storages):
+            with archive.open(f"archive/data/{key}", "w", force_zip64=True) as entry:
+                entry.write(memoryview(array).cast("B") if array.size else b"")
+        archive.writestr("archive/version", "3\n")
+
+
+def _emit(value: Any, storages: list[np.ndarray]) -> bytes:
+    """The pickle opcodes that put `value` on the stack; what arrays hold goes to `storages`.
+
+    By hand, since Python's own pickler imports what it names, and torch need not be here.
+    """
+    emit = functools.partial(_emit, storages=storages)
+    match value:
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return b"\x8a\x08" + struct.pack("<q", value)
+        case str():
+            text = value.encode("utf-8")
+            return b"X" + struct.pack("<I", len(text)) + text
+        case tuple():
+            return b"(" + b"".join(map(emit, value)) + b"t"
+        case Mapping():
+            return b"}(" + b"".join(emit(key) + emit(entry) for key, entry in value.items()) + b"u"
+    array = np.asarray(value)
+    kinds = [name for name, dtype in _DTYPES.items() if dtype == array.dtype]
+    if not kinds:
+        raise ValueError(f"torch has no tensors of {array.dtype}")
+    strides = tuple(int(np.prod(array.shape[i + 1 :], dtype=np.int64)) for i in range(array.ndim))
+    key = str(len(storages))
+    storages.append(np.ascontiguousarray(array).reshape(-1))
+    storage = b"(" + emit("storage") + _name("torch", kinds[0]) + emit(key) + emit("cpu") + emit(array.size) + b"tQ"
+    hooks = _name("collections", "OrderedDict") + b")R"
+    shape = emit(tuple(map(int, array.shape)))
+    return (
+        _name("torch._utils", "_rebuild_tensor_v2")
+        + b"(" + storage + emit(0) + shape + emit(strides) + emit(False) + hooks + b"tR"
+    )  # fmt: skip
+
+
+def _name(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()

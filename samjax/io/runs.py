@@ -16,7 +16,7 @@ from samjax.io import files
 class Checkpoints:
     """States of a run: the last one and the best one, written while the run goes on.
 
-    A state is whole or not there: Orbax writes beside and renames.
+    A state is whole or not there: Orbax writes beside and renames. A context manager.
     """
 
     def __init__(self, folder: Path, best: str) -> None:
@@ -88,16 +88,18 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write {self._manager.directory}: {error.strerror or error}") from error
 
-    def close(self) -> None:
-        """Waits, and lets go."""
-        self.wait()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for what is being written, however the block ends, and lets go."""
         self._manager.close()
 
 
 class Log:
     """Figures by step: one JSON object a line, and TensorBoard's files beside it.
 
-    What an earlier run wrote after the step at which this one goes on is dropped: it comes again.
+    What an earlier run wrote after the step at which this one goes on is dropped: it comes again. A context manager.
     """
 
     def __init__(self, folder: Path, step: int, write: bool = True) -> None:
@@ -122,7 +124,10 @@ class Log:
         for name, value in figures.items():
             self._board.add_scalar(name, float(value), step)
 
-    def close(self) -> None:
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._board is not None:
             self._board.close()
 
