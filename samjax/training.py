@@ -92,7 +92,9 @@ def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init(predictor: PredictorConfig, config: TrainConfig, variables: Variables | None = None) -> TrainState:
     """The state before the first step: of `variables`, or of random ones."""
-    variables = deeplab.init(predictor, key=jax.random.key(config.seed)) if variables is None else variables
+    if variables is None:
+        key = jax.random.key(config.seed, impl="rbg")  # whose programs compile several times faster
+        variables = jax.jit(deeplab.init, static_argnums=0)(predictor, key=key)
     return TrainState(variables, _optimizer(config).init(variables["params"]), jnp.zeros((), jnp.int32))
 
 

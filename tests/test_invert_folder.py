@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from killing import EXPERIMENTS, environment, folder_command, kill_data_making, pictures, write_photos
 from PIL import Image
 
-from samjax.io import checkpoints, datasets, images
-from samjax.nets import stylegan2
+from samjax.io import datasets, images
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 LAYERS = ("W+", "F4", "F6")
 
 
@@ -35,15 +29,7 @@ def invert_folder():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A generator of 64 px and three photographs."""
-    folder = tmp_path_factory.mktemp("inputs")
-    config = stylegan2.StyleGAN2Config(64, z_dim=8, w_dim=8, mapping_layers=2, channel_base=256, channel_max=8)
-    checkpoints.save_safetensors(folder / "own.safetensors", config, stylegan2.init(config, key=jax.random.key(0)))
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / "photos" / f"p{i}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("inputs"), 3)
 
 
 def _arguments(invert_folder, inputs, output, **changes):
@@ -61,10 +47,6 @@ def finished(invert_folder, inputs, tmp_path_factory):
     return output
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
-
-
 def test_the_layout_is_the_authors(finished):
     found = datasets.find(finished)
     assert found.latent_names == LAYERS
@@ -74,6 +56,18 @@ def test_the_layout_is_the_authors(finished):
     with np.load(finished / "F6" / "p2" / "final" / "latents.npz") as saved:
         assert saved["F6"].shape == (32, 32, 8)
     assert not list(finished.rglob("*.part"))
+
+
+def test_the_authors_loader_finds_every_pair(finished):
+    """Their training lists the folder and goes from one file to the others so."""
+    paths = sorted(map(str, finished.glob("W+/*/final/reconstruction.png")))
+    assert len(paths) == 3
+    for path in paths:
+        with Image.open(path.replace("reconstruction.png", "input.png")) as given:
+            assert (given.mode, given.size) == ("RGB", (64, 64))
+        for layer in LAYERS:
+            with Image.open(path.replace("/W+/", f"/{layer}/")) as made:
+                assert (made.mode, made.size) == ("RGB", (64, 64))
 
 
 def test_what_is_finished_is_skipped_and_the_rest_comes_out_the_same(invert_folder, inputs, finished, tmp_path, capsys):
@@ -126,41 +120,32 @@ def test_bad_input_is_found_before_work(invert_folder, inputs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def command(inputs: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(EXPERIMENTS / "invert_folder.py"), "--image_folder", str(inputs / "photos"),
-        "--gan_weights", str(inputs / "own.safetensors"), "--output_path", str(output), "--num_opt_steps", "3",
-        "--lpips_type", "alex", "--batch_size", "1", *more,
-    ]  # fmt: skip
+# --- real processes ---
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    return environment(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, env, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone")
+    subprocess.run(folder_command(inputs, output), check=True, capture_output=True, env=env)
+    return output
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_loses_nothing(inputs, tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    subprocess.run(command(inputs, alone), check=True, capture_output=True)
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        process = subprocess.Popen(command(inputs, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(5, 25))
-        before = {name: data for name, data in pictures(killed).items() if name.endswith("reconstruction.png")}
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        after = pictures(killed)
-        assert all(after[name] == data for name, data in before.items())
-    subprocess.run(command(inputs, killed), check=True, capture_output=True)
-    assert pictures(killed) == pictures(alone)
+def test_killed_and_started_again_it_loses_nothing(inputs, env, alone, tmp_path):
+    assert kill_data_making(inputs, tmp_path / "killed", alone, 3, env) > 0
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_folder(inputs, tmp_path):
+def test_two_processes_share_a_folder(inputs, env, alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = ["--coordinator", address, "--num_processes", "2", "--process_id"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    running = [
-        subprocess.Popen(command(inputs, tmp_path / "shared", *flags, str(i)), env=environment) for i in range(2)
-    ]
+    running = [subprocess.Popen(folder_command(inputs, tmp_path, *flags, str(i)), env=env) for i in range(2)]
     assert [process.wait(timeout=600) for process in running] == [0, 0]
-    subprocess.run(command(inputs, tmp_path / "alone"), check=True, capture_output=True)
-    assert pictures(tmp_path / "shared") == pictures(tmp_path / "alone")
+    assert pictures(tmp_path) == pictures(alone)

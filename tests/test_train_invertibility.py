@@ -6,25 +6,21 @@ The tests marked slow start real processes: killed ones, eight devices, two proc
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import EXPERIMENTS, environment, figures, kill_training, training_command, write_data
 from PIL import Image
 
 from samjax.errors import UserError
 from samjax.io import checkpoints
 from samjax.nets.deeplab import PredictorConfig
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 TINY = PredictorConfig(("W+", "F4"), blocks=(1, 1, 1, 1), width=4, decoder_width=8, low_level_width=4)
 
 
@@ -40,22 +36,6 @@ def script():
         train_invertibility.PRESETS["small"] = usual
     finally:
         sys.path.remove(str(EXPERIMENTS))
-
-
-def write_data(folder: Path, count: int, seed: int = 0, size: int = 64) -> Path:
-    """Pictures of two halves, inverted badly on one of them, in the authors' layout."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        picture = np.empty((size, size, 3), np.uint8)
-        picture[:, : size // 2], picture[:, size // 2 :] = rng.integers(0, 255, (2, 3))
-        for layer, strength in (("W+", 90), ("F4", 20)):
-            noisy = picture.astype(int)
-            noisy[:, : size // 2] += rng.integers(-strength, strength, (size, size // 2, 3))
-            final = folder / layer / f"p{i}" / "final"
-            final.mkdir(parents=True)
-            Image.fromarray(picture).save(final / "input.png")
-            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(final / "reconstruction.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +60,6 @@ def finished(script, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     script.main(arguments(script, data, output))
     return output
-
-
-def figures(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def predictor(folder: Path) -> dict[str, np.ndarray]:
@@ -218,70 +193,43 @@ def test_a_full_disk_is_told_and_nothing_is_lost(script, data, finished, tmp_pat
 # --- real processes ---
 
 
-def command(data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(EXPERIMENTS / "train_invertibility.py"), "--dataset_folder_train", str(data / "train"),
-        "--dataset_folder_val", str(data / "val"), "--output_folder", str(output), "--preset", "small",
-        "--lpips_type", "alex", "--target_H", "64", "--target_W", "64", "--batch_size", "8", "--num_steps", "20",
-        "--val_frequency", "10", "--save_frequency", "3", "--log_frequency", "1", *more,
-    ]  # fmt: skip
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-
-
-def losses(folder: Path) -> np.ndarray:
-    return np.array([row["loss"] for row in figures(folder) if "loss" in row])
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    return lambda devices=1: environment(tmp_path_factory.getbasetemp(), devices)
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(data, env, tmp_path_factory):
     """One device, uninterrupted."""
     output = tmp_path_factory.mktemp("alone")
-    subprocess.run(command(data, output), check=True, capture_output=True, env=environment())
+    subprocess.run(training_command(data, output), check=True, capture_output=True, env=env())
     return output
 
 
+def losses(folder: Path, name: str = "loss") -> np.ndarray:
+    return np.array([row[name] for row in figures(folder) if name in row])
+
+
 @pytest.mark.slow
-def test_eight_devices_agree_with_one(data, alone, tmp_path):
-    subprocess.run(command(data, tmp_path), check=True, capture_output=True, env=environment(8))
+def test_eight_devices_agree_with_one(data, env, alone, tmp_path):
+    subprocess.run(training_command(data, tmp_path), check=True, capture_output=True, env=env(8))
     assert len(losses(alone)) == 20
     # Float32 sums in another order, carried on over twenty steps.
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(data, alone, tmp_path):
+def test_two_processes_agree_with_one(data, env, alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = ["--coordinator", address, "--num_processes", "2", "--process_id"]
-    running = [subprocess.Popen(command(data, tmp_path, *flags, str(i)), env=environment()) for i in range(2)]
+    running = [subprocess.Popen(training_command(data, tmp_path, *flags, str(i)), env=env()) for i in range(2)]
     assert [process.wait(timeout=600) for process in running] == [0, 0]
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
-    validation = lambda folder: [row["val_loss"] for row in figures(folder) if "val_loss" in row]  # noqa: E731
-    np.testing.assert_allclose(validation(tmp_path), validation(alone), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path, "val_loss"), losses(alone, "val_loss"), rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_is_the_run_it_would_have_been(data, alone, tmp_path):
-    rng = np.random.default_rng(0)
-    kills = 0
-    while kills < 3:
-        process = subprocess.Popen(
-            command(data, tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        # Most of the time goes into the start; what counts is to be killed between its first step and its last.
-        before = len(losses(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
-        while process.poll() is None and (not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) <= before):
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills
-    subprocess.run(command(data, tmp_path), check=True, capture_output=True, env=environment())
-    assert figures(tmp_path) == figures(alone)
+def test_killed_and_started_again_it_is_the_run_it_would_have_been(data, env, alone, tmp_path):
+    assert kill_training(data, tmp_path / "run", alone, 3, env()) > 0
