@@ -102,7 +102,8 @@ def segment_means(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """`values` [L, h, w] averaged in each segment, at every pixel."""
     index = np.unique(labels, return_inverse=True)[1].ravel()
     count = np.bincount(index)
-    return np.stack([(np.bincount(index, value.ravel()) / count)[index] for value in values])
+    means = np.stack([(np.bincount(index, value.ravel()) / count)[index] for value in values])
+    return means.reshape(values.shape)
 
 
 def markdown(rows: dict[str, Row], caption: str, steps: int) -> str:

@@ -1,10 +1,11 @@
-"""Makes what the demo ships beside its weights: sample images, and edit directions found in W.
+"""Makes what the demo ships beside its generator: sample images, edit directions found in W, and learned networks.
 
     python experiments/make_demo_assets.py
+    python experiments/make_demo_assets.py --encoder runs/encoder/encoder --predictor runs/predictor/predictor
 
 Samples are hard scenes with their true segments. A direction comes from a regression: styles of many z against the
 renderer's factors, w = A f + b by least squares; the direction of a change of factors d is A d. The same change of w
-is applied to every style.
+is applied to every style. Networks go into the package in half precision.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from samjax import demo
 from samjax.demo import scenes
-from samjax.io import files, images
+from samjax.io import checkpoints, files, images
 from samjax.nets import stylegan2
 
 CHANGES = {
@@ -37,6 +38,10 @@ class Arguments:
     samples: int = 6
     seed: int = 20
     """Of the sample scenes; evaluation and tuning draw others."""
+    encoder: Path | None = None
+    """What `train_encoder.py` made."""
+    predictor: Path | None = None
+    """What `train_invertibility.py` made."""
 
 
 def regress_directions(generator_z: jax.Array, ws: np.ndarray) -> dict[str, np.ndarray]:
@@ -48,7 +53,19 @@ def regress_directions(generator_z: jax.Array, ws: np.ndarray) -> dict[str, np.n
     return {name: (np.asarray(change) @ slopes).astype(np.float32) for name, change in changes.items()}
 
 
+def embed(path: Path, network: str, output: Path) -> None:
+    """A trained network as one file in half precision."""
+    config, variables, manifest = checkpoints.load_network(path, network)
+    origin = {key: value for key, value in manifest.items() if key in ("source", "source_format")}
+    checkpoints.save_safetensors(output, config, variables, np.float16, {**origin, "licence": "Apache-2.0"})
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
 def main(args: Arguments) -> None:
+    if args.encoder is not None:
+        embed(args.encoder, "e4e", args.output_path / demo.ENCODER.name)
+    if args.predictor is not None:
+        embed(args.predictor, "invertibility", args.output_path / demo.PREDICTOR.name)
     generator = demo.load_generator()
     z = jax.random.normal(jax.random.key(11), (20_000, generator.config.z_dim))
     ws = np.asarray(stylegan2.map_z(generator.config, generator.params, z)[:, 0])

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from ckpt_convert import get
-from samjax import api, encoding, invertibility, segmentation
+from samjax import api, demo, encoding, invertibility, segmentation
 from samjax.config import CATEGORIES, Category, Invertibility, Segmenter, Start
 from samjax.errors import UserError
 from samjax.io import checkpoints, registry
@@ -89,16 +89,18 @@ def load(flags: Flags, *, segments_given: bool = False) -> Networks:
         raise UserError("--image_category custom needs --gan_weights, the generator")
     official = name in registry.CATEGORY_FILES
     preset = CATEGORIES.get(name)
-    start = flags.start or ("encoder" if flags.e4e_path else preset.start if preset else "mean")
+    # Another generator in the demo's category is a stranger to the demo's networks.
+    learned = preset if official or flags.gan_weights is None else None
+    start = flags.start or ("encoder" if flags.e4e_path else learned.start if learned else "mean")
     maps = flags.invertibility or (
-        "predicted" if flags.inv_model_path else preset.invertibility if preset else "measured"
+        "predicted" if flags.inv_model_path else learned.invertibility if learned else "measured"
     )
     segmenter = flags.segmenter or (preset.segmenter if preset else "felzenszwalb")
     for wanted, given, flag in (
         (start == "encoder", flags.e4e_path, "--start encoder needs --e4e_path"),
         (maps == "predicted", flags.inv_model_path, "--invertibility predicted needs --inv_model_path"),
     ):
-        if wanted and given is None and not official:
+        if wanted and given is None and not learned:
             raise UserError(f"{flag}: the category {name} has none of its own")
     # One's own generator first: whether it fits is known without the other networks.
     generator = None
@@ -110,13 +112,15 @@ def load(flags: Flags, *, segments_given: bool = False) -> Networks:
         role
         for role, wanted in (
             ("generator", official and flags.gan_weights is None),
-            ("encoder", start == "encoder" and flags.e4e_path is None),
-            ("invertibility", maps == "predicted" and flags.inv_model_path is None),
+            ("encoder", official and start == "encoder" and flags.e4e_path is None),
+            ("invertibility", official and maps == "predicted" and flags.inv_model_path is None),
             ("segmenter", by_network and official and preset is not None and segmenter == preset.segmenter),
         )
         if wanted
     ]
-    found = get.get(name, flags.weights, roles=roles, fetch=False, notify=print) if roles else {}
+    found: dict[str, Path] = {} if official else {"encoder": demo.ENCODER, "invertibility": demo.PREDICTOR}
+    if roles:
+        found |= get.get(name, flags.weights, roles=roles, fetch=False, notify=print)
     if by_network and "segmenter" not in found:
         found |= get.get(_CATEGORY_OF[segmenter], flags.weights, roles=("segmenter",), fetch=False, notify=print)
     for role, path, network in (

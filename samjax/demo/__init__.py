@@ -1,7 +1,7 @@
-"""The embedded domain, "cars in scenes": its renderer, a generator of it, sample images and edit directions.
+"""The embedded domain, "cars in scenes": its renderer, networks, sample images and edit directions.
 
-Everything here was made by this repository's own scripts: `experiments/train_demo_generator.py` (weights),
-`experiments/make_demo_assets.py` (samples and directions).
+Everything here was made by this repository's own scripts: `experiments/train_demo_generator.py`, `train_encoder.py` and
+`train_invertibility.py` (weights), `experiments/make_demo_assets.py` (samples and directions).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from samjax.io import checkpoints
 
 FOLDER = Path(str(_files("samjax.demo")))
 GENERATOR = FOLDER / "generator.safetensors"
+ENCODER = FOLDER / "encoder.safetensors"
+PREDICTOR = FOLDER / "predictor.safetensors"
 SAMPLES = FOLDER / "samples"
 EDITS = FOLDER / "edits"
 
