@@ -3,9 +3,10 @@
     python experiments/estimate_cost.py --images 20000 --output_path docs/scale.md
 
 Operations are XLA's count of the compiled steps (an inversion step of one image in one layer, a training step of one
-batch), and for the inversion also those of its convolutions alone, counted by hand in `benchmark.py`. Hours are
-operations over what a device reaches: its stated peak times --utilisation, which is an assumption until the step is
-timed there (`benchmark.py`); the arithmetic is printed with them, so that a measured time can take its place.
+batch), and for the inversion also those of its convolutions alone, counted by hand in `benchmark.py`. A step takes as
+long as its operations or its bytes do, whichever is longer, at --utilisation of a device's stated peaks. That share is
+an assumption until the step is timed there (`benchmark.py`); the arithmetic is printed, so that a measured time can
+take its place, as --measured puts that of this machine in.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ class Arguments:
     batch_size: int = 16
     """Of the training."""
     utilisation: float = 0.3
-    """Share of the stated peak that is reached; an assumption."""
+    """Share of the stated peaks that is reached; an assumption."""
+    measured: tuple[float, ...] = ()
+    """Seconds that a step of one image takes on this machine, for the first resolutions, by `benchmark.py`."""
+    machine: str = "this machine"
+    """Its name."""
     output_path: Path | None = None
     """A Markdown file for the tables."""
 
@@ -97,9 +102,9 @@ def inversion_step(resolution: int) -> Cost:
         Prior(f32(config.w_dim), f32(config.w_dim), f32(config.w_dim, config.w_dim)),  # type: ignore[arg-type]
     )
     sizes = {name: r for name, r in (("F4", 16), ("F6", 32), ("F8", 64), ("F10", 128)) if r < resolution}
-    start = {"W+": f32(1, config.num_ws, config.w_dim)}
+    start: Any = {"W+": f32(1, config.num_ws, config.w_dim)}
     start |= {name: f32(1, r, r, config.channels(r)) for name, r in sizes.items()}
-    masks = {name: f32(1, r, r, 1) for name, r in sizes.items()}
+    masks: Any = {name: f32(1, r, r, 1) for name, r in sizes.items()}
     features = jax.eval_shape(lambda p, x: lpips.features(p, x, "vgg"), networks.lpips, f32(1, height, width, 3))
     keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32)))
     batch = inversion.Batch(f32(1, height, width, 3), features, masks, start, keys)  # type: ignore[arg-type]
@@ -110,7 +115,10 @@ def inversion_step(resolution: int) -> Cost:
 
 
 def training_step(batch_size: int) -> tuple[Cost, int]:
-    """Of one batch at 256 px through the authors' predictor, targets included; and how many parameters that has."""
+    """Of one batch at 256 px through the authors' predictor, targets included; and how many parameters that has.
+
+    The targets' layers go through VGG16 in a loop, whose inside XLA counts once.
+    """
     predictor, config = PredictorConfig(), training.TrainConfig()
     size, layers = 256, len(LATENT_NAMES)
     variables = jax.eval_shape(lambda: deeplab.init(predictor, key=jax.random.key(0)))
@@ -122,7 +130,15 @@ def training_step(batch_size: int) -> tuple[Cost, int]:
         jax.ShapeDtypeStruct((batch_size, size, size), jnp.int32),
     )  # fmt: skip
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(variables["params"]))
-    return cost_of(training.step, predictor, config, params, state, batch), count
+    whole = cost_of(training.step, predictor, config, params, state, batch)
+    once = cost_of(jax.jit(lambda params, x: lpips.features(params, x, "vgg")), params, batch.images)
+    more = layers - 1
+    return Cost(whole.flops + more * once.flops, whole.bytes + more * once.bytes), count
+
+
+def seconds(cost: Cost, device: Device, fast: bool, utilisation: float) -> float:
+    """That one chip takes for a step: the longer of computing and of moving bytes."""
+    return max(cost.flops / (device.fast if fast else device.float32), cost.bytes / device.memory) / utilisation
 
 
 def hours(seconds: float) -> str:
@@ -131,18 +147,19 @@ def hours(seconds: float) -> str:
 
 def main(args: Arguments) -> None:
     layers = len(LATENT_NAMES)
+    inversion_steps = args.images * layers * args.steps
     lines = [
         f"# What {args.images:,} training images cost",
         "",
-        "On paper: operations and bytes are XLA's count of the compiled steps, hours are operations over "
-        f"{args.utilisation:.0%} of a device's stated peak. That share is an assumption, not a measurement; where a "
-        "step has been timed, take its time for operations / (peak × share). Made by "
+        "On paper. Operations and bytes are XLA's count of the compiled steps; a step takes as long as its operations "
+        f"or its bytes do, whichever is longer, at {args.utilisation:.0%} of a device's stated peaks. That share is an "
+        "assumption, not a measurement: where a step has been timed, put its time in its place. Made by "
         "`python experiments/estimate_cost.py`.",
         "",
         "## Making the data",
         "",
         f"images × layers × steps = {args.images:,} × {layers} × {args.steps} = "
-        f"{args.images * layers * args.steps:,} steps of one image. They do not depend on one another, so chips share "
+        f"{inversion_steps:,} steps of one image. They do not depend on one another, so chips share "
         "them without talking, and hours fall with their number.",
         "",
         "| generator | TFLOP a step (its convolutions alone) | GB a step | EFLOP in all | "
@@ -153,15 +170,21 @@ def main(args: Arguments) -> None:
     for resolution in args.resolutions:
         cost = inversion_step(resolution)
         by_hand = sum(benchmark.step_operations(StyleGAN2Config(img_resolution=resolution)))
-        total = cost.flops * args.images * layers * args.steps
         times = [
-            ", ".join(hours(total / (device.chips * peak * args.utilisation)) for peak in (device.float32, device.fast))
+            ", ".join(hours(seconds(cost, device, fast, args.utilisation) * share) for fast in (False, True))
             for device in DEVICES
+            for share in [inversion_steps / device.chips]
         ]
         lines.append(
             f"| config-f, {resolution} px | {cost.flops / 1e12:.3f} ({by_hand / 1e12:.3f}) | {cost.bytes / 1e9:.1f} "
-            f"| {total / 1e18:,.0f} | " + " | ".join(times) + " |"
+            f"| {cost.flops * inversion_steps / 1e18:,.0f} | " + " | ".join(times) + " |"
         )
+    for resolution, taken in zip(args.resolutions, args.measured, strict=False):
+        lines += [
+            "",
+            f"Measured on {args.machine}, {resolution} px: {taken:g} s a step, × "
+            f"{inversion_steps:,} = {hours(taken * inversion_steps)}.",
+        ]
     cost, count = training_step(args.batch_size)
     steps = args.epochs * (args.images // args.batch_size)
     lines += [
@@ -179,11 +202,10 @@ def main(args: Arguments) -> None:
         "|---|--:|--:|--:|",
     ]
     for device in DEVICES[:2]:
-        total = cost.flops * steps / device.chips / args.utilisation
+        each = [seconds(cost, device, fast, args.utilisation) * steps / device.chips for fast in (False, True)]
         exchange = 2 * 4 * count * (device.chips - 1) / device.chips / device.link * steps
         lines.append(
-            f"| {device.name} | {hours(total / device.float32)} | {hours(total / device.fast)} "
-            f"| {hours(exchange) if device.chips > 1 else '–'} |"
+            f"| {device.name} | {hours(each[0])} | {hours(each[1])} | {hours(exchange) if device.chips > 1 else '–'} |"
         )
     lines += [
         "",

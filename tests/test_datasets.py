@@ -65,12 +65,12 @@ def test_parts_of_a_batch_make_up_the_whole(data, labels):
 
 def test_an_epoch_has_every_example_once(data, labels):
     source = datasets.samples(data, labels, (16, 16), train=True)
-    colour = lambda image: tuple(sorted(map(tuple, image[8, [1, 14]].tolist())))  # noqa: E731
-    known = {colour(np.asarray(Image.open(example.image))) for example in data.examples}
-    assert len(known) == 5
-    # Blur leaves the middle of a half as it is.
-    orders = [[colour(source[i].image) for i in range(epoch * 5, epoch * 5 + 5)] for epoch in range(3)]
-    assert all(set(order) == known for order in orders)
+    # Blurred or turned, a picture has about the colours that it had.
+    colour = lambda image: image.mean((0, 1))  # noqa: E731
+    known = np.stack([colour(np.asarray(Image.open(example.image))) for example in data.examples])
+    nearest = lambda image: int(np.abs(known - colour(image)).sum(1).argmin())  # noqa: E731
+    orders = [[nearest(source[i].image) for i in range(epoch * 5, epoch * 5 + 5)] for epoch in range(3)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
     assert len(set(map(tuple, orders))) > 1
 
 

@@ -346,7 +346,11 @@ def save_network(path: str | Path, config: Any, variables: Mapping[str, Any], ma
     try:
         with _whole_folder(folder) as beside:
             # Weights hardly compress, and compressing them doubles the memory that writing takes.
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+            # Of several processes that train together only the one that writes is here to be waited for.
+            me = jax.process_index()
+            options = ocp.options.MultiprocessingOptions(me, {me}, f"network{me}")
+            handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
+            with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
                 checkpointer.save((beside / _PARAMS).absolute(), args=ocp.args.PyTreeSave(unflatten(flat)))
             whole["files"] = _checksums(beside / _PARAMS)
             files.write_text(beside / MANIFEST, _readable(whole))
