@@ -92,10 +92,9 @@ def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init(predictor: PredictorConfig, config: TrainConfig, variables: Variables | None = None) -> TrainState:
     """The state before the first step: of `variables`, or of random ones."""
-    if variables is None:
-        key = jax.random.key(config.seed, impl="rbg")  # whose programs compile several times faster
-        variables = jax.jit(deeplab.init, static_argnums=0)(predictor, key=key)
-    return TrainState(variables, _optimizer(config).init(variables["params"]), jnp.zeros((), jnp.int32))
+    key = jax.random.key(config.seed, impl="rbg")  # whose programs compile several times faster
+    first = jax.jit(deeplab.init, static_argnums=0)(predictor, key=key) if variables is None else variables
+    return TrainState(first, _optimizer(config).init(first["params"]), jnp.zeros((), jnp.int32))
 
 
 def learning_rate(step: Array, config: TrainConfig) -> Array:

@@ -315,7 +315,7 @@ def write(path: str | Path, found: Mapping[str, Any]) -> None:
         archive.writestr("archive/byteorder", "little")
         for key, array in enumerate(storages):
             with archive.open(f"archive/data/{key}", "w", force_zip64=True) as entry:
-                entry.write(memoryview(array).cast("B") if array.size else b"")
+                entry.write(array.view(np.uint8).data)
         archive.writestr("archive/version", "3\n")
 
 
