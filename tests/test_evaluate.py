@@ -100,6 +100,7 @@ def networks(tmp_path_factory):
     return {"e4e_path": folder / "encoder.safetensors", "inv_model_path": folder / "predictor.safetensors"}
 
 
+@pytest.mark.slow
 def test_learned_networks_are_held_against_measuring(learned, inputs, networks, tmp_path, capsys):
     args = learned.Arguments(
         images=inputs / "images", gan_weights=inputs / "own.safetensors", output_path=tmp_path, num_opt_steps=2,

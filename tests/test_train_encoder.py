@@ -67,6 +67,7 @@ def test_training_learns_and_leaves_the_mean_style_alone(frozen):
     assert loss == pytest.approx(mse + lpips + 1e-3 * delta + w, rel=1e-5)
 
 
+@pytest.mark.slow  # compiles a program of its own
 def test_without_samples_only_the_pictures_count(frozen):
     config = dataclasses.replace(CONFIG, samples=0)
     state = encoder_training.init(ENCODER, config, frozen)
@@ -75,6 +76,7 @@ def test_without_samples_only_the_pictures_count(frozen):
     assert np.isfinite(float(metrics.loss))
 
 
+@pytest.mark.slow  # compiles two programs of its own
 def test_one_device_and_two_give_the_same_losses(frozen):
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("batch",))
     divided, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())

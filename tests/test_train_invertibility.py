@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_run_again(script, data, finished, tmp_path, capsy
 
 
 def test_a_predictor_can_go_on_from_another(script, data, finished, tmp_path):
-    script.main(arguments(script, data, tmp_path, init=finished / "predictor", num_steps=3))
+    script.main(arguments(script, data, tmp_path, init=finished / "predictor"))
     first, later = figures(finished)[0], figures(tmp_path)[0]
     assert later["loss"] != first["loss"]
 
