@@ -36,7 +36,7 @@ The other way, for generators and for invertibility predictors:
 _EXPORT = """\
 Writes a network of samjax with the names and layouts of a PyTorch program, whose network then loads it. A generator
 becomes a safetensors file: safetensors.torch.load_file(FILE) gives the state dict. An invertibility predictor becomes
-a .pt file like those that SAM's authors publish: torch.load(FILE) gives sd_base and a state dict for each layer.
+a .pt file like those that SAM's authors publish, with sd_base and a state dict for each layer.
 Converted back, they are the same to the last bit.
 """
 

@@ -144,8 +144,8 @@ def main(args: Arguments) -> None:
             rows.append(np.stack((*metrics, same), 1))
             if i == 0:
                 shown = (multihost_utils.process_allgather(batch.images, tiled=True), *maps)
-                count = min(4, val_count)
-                picture = training_report.maps_picture([*zip(*(x[:count] for x in shown), strict=True)], latent_names)
+                some = min(4, val_count)
+                picture = training_report.maps_picture([*zip(*(x[:some] for x in shown), strict=True)], latent_names)
         # What fills the last batch up does not count.
         means = np.concatenate(rows)[:val_count].mean(0)
         names = (*training.Metrics._fields, "same_layer")

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,16 @@ def figures(folder: Path) -> list[dict[str, float]]:
 
 def predictor(folder: Path) -> dict[str, np.ndarray]:
     return checkpoints.flatten(checkpoints.load_network(folder / "predictor", "invertibility").variables)
+
+
+def run_as_two(command: Callable[..., list[str]], inputs: Path, output: Path, env: dict[str, str]) -> None:
+    """Two processes of `command` that work as one, over loopback; both must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--coordinator", address, "--num_processes", "2", "--process_id"]
+    running = [subprocess.Popen(command(inputs, output, *flags, str(i)), env=env) for i in range(2)]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
 
 
 # --- killing ---

@@ -137,6 +137,7 @@ def test_conversion_takes_every_array_there_and_back(published):
 def test_export_is_a_file_of_the_authors(tmp_path):
     """Torch itself reads it, without running anything, and our conversion gives back the same bits."""
     import torch
+
     flat = random_variables(SMALL)
     checkpoints.save_network(tmp_path / "ours", SMALL, checkpoints.unflatten(flat), {"source": {"file": "x"}})
     notes = convert_module.export(tmp_path / "ours", tmp_path / "there.pt", "sam")
@@ -162,6 +163,7 @@ def test_small_predictors_are_recognised(small_file):
 
 def test_transposed_convolutions_are_stored_as_ordinary_ones(small_file):
     import torch
+
     torch.set_num_threads(1)
     _, flat = convert(small_file)
     x = np.random.default_rng(1).standard_normal((2, 5, 7, 3)).astype(np.float32)

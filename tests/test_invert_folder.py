@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from killing import EXPERIMENTS, environment, folder_command, kill_data_making, pictures, write_photos
+from killing import EXPERIMENTS, environment, folder_command, kill_data_making, pictures, run_as_two, write_photos
 from PIL import Image
 
 from samjax.io import datasets, images
@@ -142,10 +141,5 @@ def test_killed_and_started_again_it_loses_nothing(inputs, env, alone, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_share_a_folder(inputs, env, alone, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ["--coordinator", address, "--num_processes", "2", "--process_id"]
-    running = [subprocess.Popen(folder_command(inputs, tmp_path, *flags, str(i)), env=env) for i in range(2)]
-    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    run_as_two(folder_command, inputs, tmp_path, env)
     assert pictures(tmp_path) == pictures(alone)

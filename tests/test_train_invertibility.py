@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from killing import EXPERIMENTS, environment, figures, kill_training, training_command, write_data
+from killing import EXPERIMENTS, environment, figures, kill_training, run_as_two, training_command, write_data
 from PIL import Image
 
 from samjax.errors import UserError
@@ -221,12 +220,7 @@ def test_eight_devices_agree_with_one(data, env, alone, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(data, env, alone, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ["--coordinator", address, "--num_processes", "2", "--process_id"]
-    running = [subprocess.Popen(training_command(data, tmp_path, *flags, str(i)), env=env()) for i in range(2)]
-    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    run_as_two(training_command, data, tmp_path, env())
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "val_loss"), losses(alone, "val_loss"), rtol=1e-4)
 

@@ -298,7 +298,7 @@ def storage_from_bytes(data: Any) -> Storage:
 def write(path: str | Path, found: Mapping[str, Any]) -> None:
     """Writes nested dictionaries of arrays as `torch.save` would, as tensors on the CPU; the file appears whole.
 
-    `torch.load(path, weights_only=True)` gives the same dictionaries.
+    PyTorch's loader gives the same dictionaries, also where it is told to take weights only.
 
     Args:
       path: of the file; one that exists is replaced.
