@@ -73,6 +73,9 @@ class Arguments(trainer.Flags):
     """Weight of the error of segment means; 0: the paper's loss."""
     lpips_type: Literal["vgg", "alex"] = "vgg"
     """Network of the true maps; thresholds belong to it."""
+    cache_targets: bool = False
+    """Makes the true maps once instead of in every step, and leaves the blur of augmentation out: for a CPU, where they
+    cost nearly all of the time."""
     bfloat16: bool = False
     """Runs the predictor in half precision."""
 
@@ -104,6 +107,23 @@ def label_images(
     return {name: functools.partial(datasets.read_labels, folder / name, size) for name in data}
 
 
+def make_targets(
+    args: Arguments, data: dict[str, datasets.Dataset], size: tuple[int, int], params: Any, part: tuple[int, int]
+) -> dict[str, datasets.Targets]:
+    """The true maps of all images, by each process a part, kept in the output folder."""
+
+    @jax.jit
+    def compare(image: jax.Array, inversions: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return training.true_maps(params, training.Batch(image[None], inversions[None], None), args.lpips_type)[0]
+
+    folder = args.output_folder / "targets"
+    for name, each in data.items():
+        datasets.cache_targets(folder / name, each, size, compare, part=part)
+    multihost_utils.sync_global_devices("targets")
+    return {name: functools.partial(datasets.read_targets, folder / name) for name in data}
+
+
 def main(args: Arguments) -> None:
     wanted = args.latent_space_name.split(",") if args.latent_space_name else None
     data = {"train": datasets.find(args.dataset_folder_train, wanted)}
@@ -123,14 +143,18 @@ def main(args: Arguments) -> None:
         "predictor": dataclasses.asdict(predictor), "training": dataclasses.asdict(config),
         "batch_size": args.batch_size, "size": [args.target_H, args.target_W], "init": args.init,
         "data": [args.dataset_folder_train, args.dataset_folder_val], "images": [count, val_count],
-        "segmenter": [args.image_category, args.segmenter],
+        "segmenter": [args.image_category, args.segmenter], "cache_targets": args.cache_targets,
     }  # fmt: skip
     trainer.begin(args.output_folder, settings)
     size = (args.target_H, args.target_W)
     labels = label_images(args, data, size)
-    source = datasets.samples(data["train"], labels["train"], size, train=True, seed=args.seed)
-    val_source = datasets.samples(data["val"], labels["val"], size, train=False)
-    params, tau = place.replicate(weights.load_lpips(args.lpips_type)), jnp.asarray(threshold, jnp.float32)
+    lpips = weights.load_lpips(args.lpips_type)
+    targets = make_targets(args, data, size, lpips, part) if args.cache_targets else dict.fromkeys(data)
+    source, val_source = (
+        datasets.samples(data[name], labels[name], size, train=name == "train", seed=args.seed, targets=targets[name])
+        for name in data
+    )
+    params, tau = place.replicate(lpips), jnp.asarray(threshold, jnp.float32)
 
     def stream(source: Any, first: int, last: int) -> Any:
         batches = datasets.batches(source, args.batch_size, first, last, part=part)

@@ -1,7 +1,8 @@
 """Training of the invertibility predictor: one step, pure and sharded; files and loops are elsewhere.
 
-Targets are made in the step itself: the spatial LPIPS between an image and its single-layer inversions. The loss is
-the paper's pixel-wise mean square plus one of segment means, which are all that the method ever uses of a map.
+Targets are made in the step itself, if they were not made before: the spatial LPIPS between an image and its
+single-layer inversions. The loss is the paper's pixel-wise mean square plus one of segment means, which are all that
+the method ever uses of a map.
 
 Everything is a function of (state, batch, key of the step): a batch divided over devices or processes gives the losses
 that it gives whole, for batch normalisation and means run over the global batch.
@@ -57,7 +58,13 @@ class TrainConfig:
 
 
 class Batch(NamedTuple):
-    """B images [B, h, w, 3] in [-1, 1], their inversions [B, L, h, w, 3], and their segments [B, h, w] from 0."""
+    """B images.
+
+    Attributes:
+      images: [B, h, w, 3] in [-1, 1].
+      inversions: in single layers [B, L, h, w, 3]; or the true maps [B, L, h, w] that were made of them before.
+      segments: [B, h, w], numbered from 0.
+    """
 
     images: Any
     inversions: Any
@@ -104,7 +111,9 @@ def learning_rate(step: Array, config: TrainConfig) -> Array:
 
 
 def true_maps(params: Params, batch: Batch, net: lpips.Net) -> Array:
-    """The spatial LPIPS between images and their inversions; [B, L, h, w]."""
+    """The spatial LPIPS between images and their inversions, unless the batch has it already; [B, L, h, w]."""
+    if batch.inversions.ndim == 4:
+        return batch.inversions
     size = (batch.images.shape[1], batch.images.shape[2])
     target = lpips.features(params, batch.images, net)
 

@@ -114,6 +114,38 @@ def test_augmentation_does_the_same_to_all():
     np.testing.assert_array_equal(blurred.segments, sample.segments)
 
 
+def test_targets_are_made_once_and_given_instead_of_inversions(data, labels, tmp_path):
+    calls = []
+
+    def compare(image: np.ndarray, inversions: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        return np.abs(image - inversions).mean(-1)
+
+    for part in ((0, 2), (1, 2), (0, 1)):
+        datasets.cache_targets(tmp_path, data, (16, 16), compare, part=part)
+    assert len(calls) == 5
+    targets = lambda name: datasets.read_targets(tmp_path, name)  # noqa: E731
+    plain = datasets.samples(data, labels, (16, 16), train=False)
+    source = datasets.samples(data, labels, (16, 16), train=False, targets=targets)
+    batch, expected = datasets.to_batch(source[3]), datasets.to_batch(plain[3])
+    np.testing.assert_array_equal(batch.images, expected.images)
+    difference = np.abs(expected.images - expected.inversions).mean(-1)
+    np.testing.assert_allclose(batch.inversions, difference, rtol=1e-3)  # half precision
+    (tmp_path / "p3.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match="p3"):
+        source[3]
+
+
+def test_augmentation_turns_maps_and_leaves_them_sharp():
+    rng = np.random.default_rng(0)
+    sample = Sample(
+        rng.integers(0, 255, (8, 8, 3), np.uint8), rng.random((2, 8, 8)).astype(np.float16), np.zeros((8, 8), np.int32)
+    )
+    flipped = datasets.augment(sample, Always(0.9))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(flipped.image, sample.image[:, ::-1])
+    np.testing.assert_array_equal(flipped.inversions, sample.inversions[:, :, ::-1])
+
+
 def test_pictures_alone(tmp_path: Path):
     for i in range(3):
         Image.new("RGB", (20, 10), (i, 0, 0)).save(tmp_path / f"{i}.png")

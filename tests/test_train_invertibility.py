@@ -122,6 +122,15 @@ def test_a_predictor_can_go_on_from_another(script, data, finished, tmp_path):
     assert later["loss"] != first["loss"]
 
 
+@pytest.mark.slow  # compiles a program of its own
+def test_maps_made_before_train_a_predictor(script, data, tmp_path):
+    script.main(arguments(script, data, tmp_path, cache_targets=True))
+    assert len([*(tmp_path / "targets" / "train").iterdir()]) == 6
+    assert len([*(tmp_path / "targets" / "val").iterdir()]) == 3
+    assert all(np.isfinite(value) for row in figures(tmp_path) for value in row.values())
+    assert predictor(tmp_path)
+
+
 def test_bad_input_is_found_before_work(script, data, finished, tmp_path):
     uneven = write_data(tmp_path / "uneven", 2)
     shutil.rmtree(uneven / "F4" / "p1")

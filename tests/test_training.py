@@ -101,6 +101,13 @@ def test_the_first_step_is_sgd_with_decay_and_two_rates(params):
             np.testing.assert_allclose(new, expected, rtol=0, atol=1e-5 * max(1e-2, np.abs(expected - w).max()) + 1e-7)
 
 
+def test_maps_made_before_are_taken_as_they_are(params):
+    batch = make_batch()
+    made = training.true_maps(params, batch, "alex")
+    assert made.shape == (4, 2, 32, 32)
+    assert training.true_maps(params, batch._replace(inversions=made), "alex") is made
+
+
 def test_training_learns(params):
     config = dataclasses.replace(CONFIG, lr=1e-2)
     state, batch = fresh(config), make_batch()

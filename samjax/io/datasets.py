@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 
 from samjax.config import LATENT_NAMES
 from samjax.errors import UserError
-from samjax.io import images
+from samjax.io import files, images
 from samjax.training import Batch
 
 
@@ -40,7 +40,13 @@ class Dataset:
 
 
 class Sample(NamedTuple):
-    """One example as it is trained on: uint8 [h, w, 3], uint8 [L, h, w, 3], int32 [h, w] from 0."""
+    """One example as it is trained on.
+
+    Attributes:
+      image: uint8 [h, w, 3].
+      inversions: uint8 [L, h, w, 3], or the error maps made of them before, float16 [L, h, w].
+      segments: int32 [h, w] from 0.
+    """
 
     image: np.ndarray
     inversions: np.ndarray
@@ -49,6 +55,9 @@ class Sample(NamedTuple):
 
 Labels = Callable[[str], np.ndarray]
 """From an image's name to its labels [h, w]."""
+
+Targets = Callable[[str], np.ndarray]
+"""From an image's name to its true error maps [L, h, w]."""
 
 
 def find(folder: Path, latent_names: Sequence[str] | None = None) -> Dataset:
@@ -112,19 +121,23 @@ def read(example: Example, height: int, width: int) -> tuple[np.ndarray, np.ndar
     Raises:
       UserError: a file cannot be read.
     """
-    first, *rest = (
-        images.fit(images.read_image(path, notify=_silent), height, width)
-        for path in (example.image, *example.inversions)
-    )
+    first, *rest = (_resized(path, (height, width)) for path in (example.image, *example.inversions))
     return first, np.stack(rest)
 
 
+def _resized(path: Path, size: tuple[int, int]) -> np.ndarray:
+    return images.fit(images.read_image(path, notify=_silent), *size)
+
+
 def augment(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Flipped from left to right for one in two, and blurred (Gaussian, radius 0 to 1) for one in two, all alike."""
+    """Flipped from left to right for one in two, and blurred (Gaussian, radius 0 to 1) for one in two, all alike.
+
+    Error maps that were made before cannot be those of blurred images, which are then left sharp.
+    """
     image, inversions, segments = sample
     if rng.random() > 0.5:
         image, inversions, segments = image[:, ::-1], inversions[:, :, ::-1], segments[:, ::-1]
-    if rng.random() > 0.5:
+    if inversions.ndim == 4 and rng.random() > 0.5:
         blur = ImageFilter.GaussianBlur(float(rng.random()))
         filtered = lambda x: np.asarray(Image.fromarray(np.ascontiguousarray(x)).filter(blur))  # noqa: E731
         image, inversions = filtered(image), np.stack([filtered(x) for x in inversions])
@@ -138,6 +151,7 @@ def samples(
     *,
     train: bool,
     seed: int = 0,
+    targets: Targets | None = None,
 ) -> Any:
     """The samples of a dataset by position: a Grain dataset.
 
@@ -147,10 +161,13 @@ def samples(
       size: height and width.
       train: shuffles, anew in every epoch, and augments, for ever; otherwise each example comes once, in order.
       seed: of order and augmentation.
+      targets: error maps to give instead of inversions.
     """
     import grain
 
     def load(example: Example) -> Sample:
+        if targets is not None:
+            return Sample(_resized(example.image, size), targets(example.name), labels(example.name))
         return Sample(*read(example, *size), labels(example.name))
 
     source = grain.MapDataset.source(dataset.examples).seed(seed)
@@ -218,7 +235,8 @@ def batches(
 def to_batch(samples: Sample) -> Batch:
     """Stacked samples as a training step takes them."""
     image, inversions, segments = samples
-    return Batch(images.to_float(image), images.to_float(inversions), segments.astype(np.int32))
+    made = inversions.astype(np.float32) if inversions.dtype == np.float16 else images.to_float(inversions)
+    return Batch(images.to_float(image), made, segments.astype(np.int32))
 
 
 def cache_segments(
@@ -238,14 +256,52 @@ def cache_segments(
     for example in tqdm.tqdm(dataset.examples, unit="image", desc="segments", leave=False):
         path = folder / f"{example.name}.png"
         if not path.exists():
-            image = images.fit(images.read_image(example.image, notify=_silent), *size)
-            labels = np.unique(segment(images.to_float(image)), return_inverse=True)[1].reshape(size)
+            image = images.to_float(_resized(example.image, size))
+            labels = np.unique(segment(image), return_inverse=True)[1].reshape(size)
             images.save_segments(path, np.minimum(labels, 255))
 
 
 def read_labels(folder: Path, size: tuple[int, int], name: str) -> np.ndarray:
     """What `cache_segments` made of the image `name`. Raises UserError if it is no longer there."""
     return images.read_segments(folder / f"{name}.png", *size, size)
+
+
+def cache_targets(
+    folder: Path,
+    dataset: Dataset,
+    size: tuple[int, int],
+    compare: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Makes the true error maps that `folder` does not have yet.
+
+    Args:
+      folder: half-precision arrays [L, h, w], NAME.npy.
+      dataset: of `find`.
+      size: height and width of the maps.
+      compare: from an image [h, w, 3] and its inversions [L, h, w, 3] in [-1, 1] to error maps [L, h, w].
+      part: which of how many equal parts of the dataset to make.
+
+    Raises:
+      UserError: an image cannot be read, or the disk refuses.
+    """
+    index, count = part
+    for example in tqdm.tqdm(dataset.examples[index::count], unit="image", desc="true maps", leave=False):
+        path = folder / f"{example.name}.npy"
+        if not path.exists():
+            made = compare(*map(images.to_float, read(example, *size)))
+            with files.whole_file(path) as file:
+                np.save(file, np.asarray(made, np.float16))
+
+
+def read_targets(folder: Path, name: str) -> np.ndarray:
+    """What `cache_targets` made of the image `name`. Raises UserError if it is no longer there or damaged."""
+    path = folder / f"{name}.npy"
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and the same command makes it again") from error
 
 
 def _silent(_: str) -> None:
