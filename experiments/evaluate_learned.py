@@ -72,6 +72,7 @@ def measure(models: api.Models, nets: networks.Networks, example: evaluate.Examp
         networks.predicted_maps(nets, target, models.config.latent_names),
     )
     measured, predicted = (maps.assign_layers(error, labels, threshold) for error in errors)
+    areas = np.bincount(maps.contiguous(labels)[0].ravel()) / labels.size
     chosen, found = measured.layer_maps[0], predicted.layer_maps[0]
     half = models._replace(
         config=dataclasses.replace(models.config, num_opt_steps=max(models.config.num_opt_steps // 2, 1))
@@ -87,7 +88,7 @@ def measure(models: api.Models, nets: networks.Networks, example: evaluate.Examp
     all_w = np.zeros_like(chosen)
     return Row(
         float((chosen == found).mean()),
-        float(np.abs(segment_means(errors[0] - errors[1], labels)).mean()),
+        float((np.abs(measured.means - predicted.means) * areas).sum(1).mean()),
         (np.bincount(chosen.ravel(), minlength=len(models.layers)) / chosen.size).tolist(),
         with_measured,
         with_predicted,
@@ -96,14 +97,6 @@ def measure(models: api.Models, nets: networks.Networks, example: evaluate.Examp
         run(models, chosen, mean)[1],
         run(half, chosen, code)[1],
     )
-
-
-def segment_means(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`values` [L, h, w] averaged in each segment, at every pixel."""
-    index = np.unique(labels, return_inverse=True)[1].ravel()
-    count = np.bincount(index)
-    means = np.stack([(np.bincount(index, value.ravel()) / count)[index] for value in values])
-    return means.reshape(values.shape)
 
 
 def markdown(rows: dict[str, Row], caption: str, steps: int) -> str:

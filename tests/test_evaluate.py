@@ -122,8 +122,3 @@ def test_learned_networks_are_held_against_measuring(learned, inputs, networks, 
     learned.main(args)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("[ab]_*.json")}
     assert capsys.readouterr().out == printed
-
-
-def test_segment_means_at_every_pixel(learned):
-    values = np.array([[[1.0, 2.0], [3.0, 6.0]]])
-    np.testing.assert_allclose(learned.segment_means(values, np.array([[5, 5], [5, 9]])), [[[2, 2], [2, 6]]])
