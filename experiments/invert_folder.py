@@ -146,7 +146,8 @@ def invert(batch: list[Item], args: Arguments, nets: networks.Networks, models: 
 def main(args: Arguments) -> None:
     paths = cli.image_files(args.image_folder)
     cli.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
-    nets = networks.load(args, segments_given=True)
+    # What it makes is what a predictor is trained on: neither that nor segments are needed.
+    nets = networks.load(dataclasses.replace(args, invertibility="measured"), segments_given=True)
     generator, category = nets.generator, nets.category
     if args.latent_names is None:
         names = tuple(layer.name for layer in latent_layers(generator.config))

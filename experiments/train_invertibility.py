@@ -37,6 +37,7 @@ PRESETS = {
     "full": PredictorConfig(),  # the authors', 59 million parameters
     "small": PredictorConfig(blocks=(1, 1, 1, 1), width=16, decoder_width=32, low_level_width=16),  # one million
 }
+LEARNING_RATES = {"full": 1e-4, "small": 1e-2}  # the small one has no pretrained weights to keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Arguments(trainer.Flags):
     threshold: float | None = None
     """At which layers are compared in validation; none: by category, else 0.225."""
 
-    lr: float = 1e-4
-    """Of the backbone; all else has ten times as much."""
+    lr: float | None = None
+    """Of the backbone; all else has ten times as much; none: 1e-4 for full, the authors', and 1e-2 for small."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     segment_weight: float = 1.0
@@ -134,8 +135,9 @@ def main(args: Arguments) -> None:
     place, part = trainer.Placement(args.batch_size), (jax.process_index(), jax.process_count())
     count, val_count = (len(each.examples) for each in data.values())
     config = TrainConfig(
-        num_steps=args.steps(count), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-        segment_weight=args.segment_weight, lpips_type=args.lpips_type, bfloat16=args.bfloat16, seed=args.seed,
+        num_steps=args.steps(count), lr=args.lr or LEARNING_RATES[args.preset], momentum=args.momentum,
+        weight_decay=args.weight_decay, segment_weight=args.segment_weight, lpips_type=args.lpips_type,
+        bfloat16=args.bfloat16, seed=args.seed,
     )  # fmt: skip
     preset = CATEGORIES.get(args.image_category or "")
     threshold = args.threshold or (preset.threshold if preset else 0.225)

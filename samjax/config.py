@@ -126,6 +126,8 @@ CATEGORIES = {
             256,
             threshold=0.35,  # chosen on hard scenes that no table shows: `evaluate.py --scene_seed 2`
             threshold_range=(0.2, 0.5),
+            invertibility="predicted",
+            start="encoder",
             config=InversionConfig(num_opt_steps=100, lr=0.1, lambda_f_rec=0.5, lpips_type="alex"),
         ),
     )

@@ -1,4 +1,4 @@
-"""The demo's domain, generator, samples and directions."""
+"""The demo's domain, networks, samples and directions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samjax import demo
+from samjax import demo, encoding, invertibility
+from samjax.config import LATENT_NAMES
 from samjax.demo import scenes
-from samjax.io import images
+from samjax.io import checkpoints, images
 from samjax.nets import stylegan2
 
 
@@ -103,6 +104,29 @@ def test_samples_are_hard_scenes_with_their_segments():
         labels = images.read_segments(path, 256, 256, (256, 256))
         assert scenes.CAR in labels
         assert scenes.OCCLUDER in labels
+
+
+def test_the_encoders_code_is_closer_than_the_mean_style(generator):
+    config, variables, _ = checkpoints.load_network(demo.ENCODER, "e4e")
+    z = jax.random.normal(jax.random.key(987), (1, scenes.NUM_FACTORS))
+    target = np.asarray(scenes.render(z[0]).image)
+    code = encoding.e4e(variables, config)(target[None])
+    mean = np.broadcast_to(generator.params["mapping"]["w_avg"], code.shape)
+    error, worse = (float(np.square(_draw(generator, jnp.asarray(ws)) - target).mean()) for ws in (code, mean))
+    assert error < 0.5 * worse
+
+
+def test_the_predictor_finds_the_strangers():
+    config, variables, _ = checkpoints.load_network(demo.PREDICTOR, "invertibility")
+    paths = sorted(demo.SAMPLES.glob("scene?.png"))
+    targets = np.stack([images.to_float(images.read_image(path)) for path in paths])
+    found = invertibility.predicted(variables, config)(targets)
+    assert config.latent_names == LATENT_NAMES
+    for path, error_maps in zip(paths, found, strict=True):
+        labels = images.read_segments(path.with_name(f"{path.stem}_segments.png"), 256, 256, (256, 256))
+        stranger, scene = (error_maps[:, mask].mean(1) for mask in (labels == scenes.OCCLUDER, labels < scenes.CAR))
+        assert stranger[0] > 1.5 * scene[0]  # W+ has none of them
+        assert stranger[-1] < stranger[0]
 
 
 def test_blue_direction_makes_the_car_blue_and_leaves_the_sky(generator):

@@ -201,9 +201,19 @@ def test_networks_that_do_not_belong_together_are_told(invert, inputs, looking, 
 
 @pytest.mark.slow
 def test_the_demo_shows_the_point_of_the_method(invert, tmp_path):
-    invert.main(invert.Arguments(output_path=tmp_path))
+    invert.main(invert.Arguments(output_path=tmp_path, invertibility="measured"))
     (summary,) = json.loads((tmp_path / "scene0" / "metrics.json").read_text())["thresholds"].values()
     lpips = {name: row["LPIPS"] for name, row in summary["metrics"].items()}
     assert lpips["SAM"] <= 0.75 * lpips["W+"]
     assert lpips["SAM"] <= lpips["F10"] + 0.06
     assert len({row["layer"] for row in summary["segments"]}) > 1
+
+
+@pytest.mark.slow
+def test_the_demos_own_networks_do_nearly_as_well_as_measuring(invert, tmp_path):
+    lpips = {}
+    for how in ("measured", "predicted"):
+        invert.main(invert.Arguments(output_path=tmp_path / how, invertibility=how, generate_edits=False))
+        (summary,) = json.loads((tmp_path / how / "scene0" / "metrics.json").read_text())["thresholds"].values()
+        lpips[how] = summary["metrics"]["SAM"]["LPIPS"]
+    assert lpips["predicted"] <= 1.1 * lpips["measured"]
