@@ -28,6 +28,7 @@ class Checkpoints:
         keep = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
+            item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy([
                     keep.LatestN(1),
@@ -73,7 +74,11 @@ class Checkpoints:
           UserError: it is damaged, or of a predictor of another size.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        shapes = lambda tree: sorted(tuple(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
         try:
+            # Orbax reads all arrays at once, and what waits when one does not fit complains much later.
+            if shapes(self._manager.item_metadata(step)) != shapes(like):
+                raise ValueError("it has arrays of other shapes")
             return self._manager.restore(step, args=self._args.StandardRestore(abstract))
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:160]
