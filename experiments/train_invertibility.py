@@ -114,13 +114,15 @@ def make_targets(
     """The true maps of all images, by each process a part, kept in the output folder."""
 
     @jax.jit
-    def compare(image: jax.Array, inversions: jax.Array) -> jax.Array:
+    def compare(params: Any, image: jax.Array, inversions: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             return training.true_maps(params, training.Batch(image[None], inversions[None], None), args.lpips_type)[0]
 
+    # An argument: what a compiled function merely sees becomes a part of its program: 59 MB of VGG16.
+    of_image = functools.partial(compare, jax.device_put(params))
     folder = args.output_folder / "targets"
     for name, each in data.items():
-        datasets.cache_targets(folder / name, each, size, compare, part=part)
+        datasets.cache_targets(folder / name, each, size, of_image, part=part)
     multihost_utils.sync_global_devices("targets")
     return {name: functools.partial(datasets.read_targets, folder / name) for name in data}
 
