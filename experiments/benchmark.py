@@ -5,8 +5,9 @@
 
 For config-f generators with random weights: seconds a step (all latent layers, LPIPS-VGG at 256 px, full float32), its
 operations by part, and what share that is of the rate at which the device runs an ordinary 3x3 convolution of 512
-channels. With --reference, checkouts of NVlabs/stylegan3 and adobe-research/sam_inversion (and PyTorch installed), the
-authors' step runs in turn with ours, so that both see the same minutes, in a process of its own.
+channels; and what an image costs in each batch relative to the first. With --reference, checkouts of NVlabs/stylegan3
+and adobe-research/sam_inversion (and PyTorch installed), the authors' step too. All of one image size run in turn, each
+in a process of its own, so that all see the same minutes.
 
 Prints a Markdown table; --output_path FILE.json keeps every figure.
 """
@@ -259,6 +260,21 @@ class Row:
     def share(self) -> float:
         return self.batch_size * sum(self.operations) / statistics.median(self.ours) / self.rate
 
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Notes what ends a worker, and lets the others go on."""
+        try:
+            yield
+        except WorkerError as error:
+            self.failure = str(error)
+
+    def against(self, other: Row) -> float | None:
+        """An image's time in this batch relative to its time in another's: median over rounds."""
+        if self.failure is not None or other.failure is not None:
+            return None
+        pairs = zip(self.ours, other.ours, strict=True)
+        return statistics.median(ours / self.batch_size / (theirs / other.batch_size) for ours, theirs in pairs)
+
     @property
     def ratio(self) -> float | None:
         """Our time for an image's step, relative to the authors', who take one image at a time: median over rounds."""
@@ -267,26 +283,33 @@ class Row:
         return statistics.median(ratios) if ratios else None
 
 
-def measure(args: Arguments, resolution: int, batch_size: int, convolution: Worker) -> Row:
-    """Rounds of ours, an ordinary convolution and, where asked for, the authors' step, in turn."""
+def measure(args: Arguments, resolution: int, convolution: Worker) -> list[Row]:
+    """A row for each batch size: rounds of every one, an ordinary convolution beside each and, where asked for, the
+    authors' step, all in turn, so that every ratio is one of neighbours in time."""
     config = StyleGAN2Config(resolution, channel_base=args.channel_base, channel_max=args.channel_max)
-    row = Row(resolution, batch_size, step_operations(config))
+    rows = [Row(resolution, batch_size, step_operations(config)) for batch_size in args.batch_sizes]
     with contextlib.ExitStack() as stack:
-        try:
-            ours = stack.enter_context(Worker("benchmark", "OurStep", config, batch_size))
-            theirs = None
-            if args.reference is not None:
-                paths = tuple(str(path.resolve()) for path in args.reference)
-                sizes = (resolution, args.channel_base, args.channel_max, threads())
+        theirs = None
+        if args.reference is not None:
+            paths = tuple(str(path.resolve()) for path in args.reference)
+            sizes = (resolution, args.channel_base, args.channel_max, threads())
+            try:
                 theirs = stack.enter_context(Worker("reference_step", "Step", *paths, *sizes))
-            for _ in range(args.rounds):
-                row.ours.append(ours.seconds(args.steps))
-                row.convolution.append(convolution.seconds(5))
-                if theirs is not None:
-                    row.reference.append(theirs.seconds(args.steps))
-        except WorkerError as error:
-            row.failure = str(error)
-    return row
+            except WorkerError as error:
+                return [dataclasses.replace(row, failure=f"the authors' step: {error}") for row in rows]
+        running = []
+        for row in rows:
+            with row.failing():
+                running.append((row, stack.enter_context(Worker("benchmark", "OurStep", config, row.batch_size))))
+        for _ in range(args.rounds):
+            for row, ours in running:
+                if row.failure is None:
+                    with row.failing():
+                        row.ours.append(ours.seconds(args.steps))
+                        row.convolution.append(convolution.seconds(5))
+                        if theirs is not None:
+                            row.reference.append(theirs.seconds(args.steps))
+    return rows
 
 
 def threads() -> int:
@@ -296,11 +319,21 @@ def threads() -> int:
 
 def table(rows: list[Row], reference: bool) -> Iterator[str]:
     """The figures in Markdown."""
-    head = ["image", "batch", "s / step", "min to max", "GFLOP / step", "of the convolution rate"]
+    head = [
+        "image",
+        "batch",
+        "s / step",
+        "min to max",
+        "GFLOP / step",
+        "of the convolution rate",
+        "an image, of the first",
+    ]
     head += ["authors' s / step", "ours / theirs"] * reference
     yield "| " + " | ".join(head) + " |"
     yield "|" + " ---: |" * len(head)
+    first: dict[int, Row] = {}
     for row in rows:
+        relative = row.against(first.setdefault(row.resolution, row))
         cells = [f"{row.resolution} px", str(row.batch_size)]
         if row.failure is None:
             cells += [
@@ -308,6 +341,7 @@ def table(rows: list[Row], reference: bool) -> Iterator[str]:
                 f"{min(row.ours):.3g} to {max(row.ours):.3g}",
                 f"{row.batch_size * sum(row.operations) / 1e9:,.0f}",
                 f"{row.share:.0%} of {row.rate / 1e9:,.0f} GFLOP/s",
+                "–" if relative is None else f"{relative:.2f}",
             ]
             if row.ratio is not None:
                 per_image = " per image" if row.batch_size > 1 else ""
@@ -359,9 +393,8 @@ def main(args: Arguments) -> None:
             device = convolution.device
             print(f"{device}, {threads()} CPU threads, float32, median of {args.rounds} rounds of {args.steps} steps")
             for resolution in args.resolutions:
-                for batch_size in args.batch_sizes:
-                    rows.append(measure(args, resolution, batch_size, convolution))
-                    print(f"  {resolution} px, batch of {batch_size}: done", file=sys.stderr, flush=True)
+                rows += measure(args, resolution, convolution)
+                print(f"  {resolution} px: done", file=sys.stderr, flush=True)
     except WorkerError as error:
         raise UserError(f"the device cannot run a convolution: {error}") from error
     print("", *table(rows, args.reference is not None), "", *operations_table(rows), sep="\n")

@@ -69,11 +69,13 @@ def test_figures(benchmark):
     assert row.rate == rate
     assert row.share == 4 * 10 / 6 / rate
     assert row.ratio == 0.75, "the median of 0.5, 1 and 0.75, not the ratio of medians"
+    assert row.against(benchmark.Row(512, 2, row.operations, [5.0, 1.0, 1.0])) == 2, "an image's time, round by round"
     failed = benchmark.Row(1024, 1, benchmark.Operations(1, 2, 3, 4), failure="out of memory?")
     lines = list(benchmark.table([row, failed], True))
     assert len({line.count("|") for line in lines}) == 1
     assert "0.75 per image" in lines[2]
     assert "failed: out of memory?" in lines[3]
+    assert row.against(failed) is None
 
 
 class Sleep:
@@ -105,14 +107,34 @@ def test_worker(benchmark):
 
 def test_end_to_end(benchmark, tmp_path, capsys):
     args = benchmark.Arguments(
-        resolutions=(16,), batch_sizes=(2,), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"
+        resolutions=(16,), batch_sizes=(1, 2), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"
     )
     benchmark.main(args)
     assert "| 16 px | 2 |" in capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert row["failure"] is None
-    assert len(row["ours"]) == len(row["convolution"]) == 2
-    assert 0 < row["share"] < 1
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["failure"] is None
+        assert len(row["ours"]) == len(row["convolution"]) == 2
+        assert 0 < row["share"] < 1
+
+
+def test_a_batch_that_does_not_run(benchmark, monkeypatch):
+    """Is told in its row, and leaves the others their figures."""
+
+    def worker(module, name, *arguments):
+        if arguments[-1] == 7:
+            raise benchmark.WorkerError("out of memory?")
+        return real(__name__, "Sleep", 0.01)
+
+    real = benchmark.Worker
+    monkeypatch.setattr(benchmark, "Worker", worker)
+    args = benchmark.Arguments(batch_sizes=(1, 7, 2), steps=1, rounds=2, channel_max=4)
+    with real(__name__, "Sleep", 0.01) as convolution:
+        one, seven, two = benchmark.measure(args, 16, convolution)
+    assert (seven.failure, seven.ours) == ("out of memory?", [])
+    assert len(one.ours) == len(two.ours) == 2
+    assert two.against(one) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
