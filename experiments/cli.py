@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TypeVar
 import tyro
 
 from samjax.errors import UserError
+from samjax.io import registry
 
 IMAGE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -25,6 +28,7 @@ def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
     """
     args = tyro.cli(arguments)
     keep_freed_memory()
+    keep_compiled_programs()
     try:
         main(args)
     except UserError as error:
@@ -54,6 +58,36 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         for parameter, value in (no_mmap, no_trim):
             ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX find again what an earlier run compiled, in `registry.cache_folder()`: the oldest go beyond 2 GB.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = registry.cache_folder() / "compiled" / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # nowhere to keep them: compiled each time, as without
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 2 << 30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _processor() -> str:
+    """Tells processors apart: a home folder may be shared by machines, and code for one crash on another."""
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))
+        )
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def connect(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -13,7 +13,7 @@ from golden_weights import golden_generator
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from samjax.nets import stylegan2
+from samjax.nets import convolution, stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config, map_z, synthesize
 
 # Of an array's spread. Float32 sums of up to 9 x 48 terms through 10 layers differ by some 1e-6.
@@ -153,7 +153,7 @@ def test_modulated_convolution_is_that_of_modulated_weights(channels, features, 
     """The paper's definition: each image has its own kernel, scaled and normalised before the convolution."""
     x, styles = normal(seed, batch, 4, 6, channels), 1 + normal(seed + 1, batch, channels)
     weight = normal(seed + 2, 3, 3, channels, features)
-    convolve = stylegan2.up_conv if up else stylegan2.conv
+    convolve = stylegan2.up_conv if up else convolution.conv3x3
     ours = jax.jit(stylegan2.modulated_conv, static_argnums=3)(x, weight, styles, convolve)
     for i in range(batch):
         kernel = np.asarray(weight) * np.asarray(styles)[i, :, None]

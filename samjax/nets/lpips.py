@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from samjax.nets.blocks import imagenet, resize_bilinear
+from samjax.nets.convolution import conv3x3
 
 Params = Mapping[str, Any]
 Net = Literal["vgg", "alex"]
@@ -88,6 +89,8 @@ class Conv(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         weight = self.param("weight", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if (self.kernel, self.stride, self.padding) == (3, 1, 1):
+            return nn.relu(conv3x3(x, weight) + bias)
         pad = (self.padding, self.padding)
         y = lax.conv_general_dilated(
             x, weight, (self.stride, self.stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")

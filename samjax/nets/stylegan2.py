@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from samjax.nets.convolution import conv3x3
+
 Params = Mapping[str, Any]
 Noise = Literal["const", "none", "random"]
 
@@ -83,11 +85,6 @@ class Synthesis(NamedTuple):
 
 
 # --- operations ---
-
-
-def conv(x: Array, weight: Array) -> Array:
-    """Correlation with zero padding that keeps the size; `x` [N, H, W, I], `weight` [k, k, I, O] with k odd."""
-    return lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=_NHWC)
 
 
 def _interleave(even: Array, odd: Array, axis: int) -> Array:
@@ -157,11 +154,13 @@ def up_conv_folded(x: Array, weight: Array) -> Array:
     shifted = (_FIR[i] * _FIR[j] * padded[i : i + 6, j : j + 6] for i in range(4) for j in range(4))
     kernel = sum(shifted, start=jnp.zeros(()))
     phases = jnp.concatenate([kernel[1 - a :: 2, 1 - b :: 2] for a in (0, 1) for b in (0, 1)], -1)
-    y = conv(x, phases).reshape(n, h, w, 2, 2, features)
+    y = conv3x3(x, phases).reshape(n, h, w, 2, 2, features)
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features)
 
 
-def modulated_conv(x: Array, weight: Array, styles: Array, convolve: Callable[[Array, Array], Array] = conv) -> Array:
+def modulated_conv(
+    x: Array, weight: Array, styles: Array, convolve: Callable[[Array, Array], Array] = conv3x3
+) -> Array:
     """Convolution whose input channels are scaled by `styles` [N, I], demodulated to unit gain (paper, eq. 1-3)."""
     # A sum written out is one pass over the weights; as a reduction it takes several times longer on a CPU.
     energy = sum((jnp.square(tap) for row in weight for tap in row), start=jnp.zeros(()))  # [I, O]
@@ -218,7 +217,7 @@ class SynthesisLayer(nn.Module):
         size = (self.resolution, self.resolution)
         noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
         noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
-        x = modulated_conv(x, weight, styles, self.up_conv if self.up else conv)
+        x = modulated_conv(x, weight, styles, self.up_conv if self.up else conv3x3)
         if noise == "const":
             x = x + (noise_const * noise_strength)[None, :, :, None]
         elif noise == "random":
