@@ -5,11 +5,12 @@
 
 For config-f generators with random weights: seconds a step (all latent layers, LPIPS-VGG at 256 px, full float32), its
 operations by part, and what share that is of the rate at which the device runs an ordinary 3x3 convolution of 512
-channels; and what an image costs in each batch relative to the first. With --reference, checkouts of NVlabs/stylegan3
-and adobe-research/sam_inversion (and PyTorch installed), the authors' step too. All of one image size run in turn, each
-in a process of its own, so that all see the same minutes.
+channels; what an image costs in each batch relative to the first; and where a step's time goes, beside what its parts
+would take at that rate, and at the rate at which the device copies. With --reference, checkouts of NVlabs/stylegan3 and
+adobe-research/sam_inversion (and PyTorch installed), the authors' step too. All of one image size run in turn, each in
+a process of its own, so that all see the same minutes. With --demo, the demo's command from the shell as well.
 
-Prints a Markdown table; --output_path FILE.json keeps every figure.
+Prints Markdown tables; --output_path FILE.json keeps every figure.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib.util
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_demo
+import benchmark_parts
 import cli
 import jax
 import jax.numpy as jnp
@@ -59,6 +63,8 @@ class Arguments:
     """Checkouts of NVlabs/stylegan3 and adobe-research/sam_inversion, to time the authors' step too."""
     channel_base: int = 32768
     channel_max: int = 512
+    demo: bool = False
+    """Times the demo's command too, and its sweep of thresholds."""
     output_path: Path | None = None
     """A JSON file for all figures."""
 
@@ -138,12 +144,13 @@ class OurStep:
         items = inversion.Items(targets, masks, start, np.arange(batch_size))
         settings = InversionConfig(num_opt_steps=10**6, batch_size=batch_size)
         self._run = inversion.run_chunk
-        self._arguments = (
+        self.arguments = (
             structure := inversion.structure(config, settings),
             networks,
             inversion.prepare(structure, networks, items),
             inversion.hyperparameters(settings),
         )
+        self.operations = step_operations(config)
         self._state = inversion.init(items)
         self.chunk = structure.chunk_steps
         self.device = jax.devices()[0].device_kind
@@ -152,9 +159,14 @@ class OurStep:
         began = time.perf_counter()
         before = int(self._state.step)
         for _ in range(-(-steps // self.chunk)):
-            self._state, _ = self._run(*self._arguments, self._state)
+            self._state, _ = self._run(*self.arguments, self._state)
         done = int(self._state.step) - before
         return (time.perf_counter() - began) * steps / done
+
+    def peak_memory(self) -> int:
+        """Bytes: on the device, or of this process where that is the CPU."""
+        on_device = jax.devices()[0].memory_stats() or {}
+        return on_device.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 class Convolution:
@@ -186,8 +198,9 @@ def _serve(connection: Connection, module: str, name: str, arguments: tuple[Any,
             step = getattr(importlib.import_module(module), name)(*arguments)
             step(1)
             connection.send((step.device, None))
-            while (count := connection.recv()) is not None:
-                connection.send((step(count), None))
+            while (question := connection.recv()) is not None:
+                method, given = question
+                connection.send((getattr(step, method)(*given), None))
         except Exception as error:
             connection.send((None, f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}"))
 
@@ -224,8 +237,12 @@ class Worker:
 
     def seconds(self, steps: int) -> float:
         """Seconds a step, over `steps` of them."""
-        self._connection.send(steps)
-        return self._receive() / steps
+        return self.ask("__call__", steps) / steps
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What a method of the step gives."""
+        self._connection.send((method, arguments))
+        return self._receive()
 
     def close(self) -> None:
         self._connection.close()  # the worker sees the end and returns
@@ -254,6 +271,7 @@ class Row:
     ours: list[float] = dataclasses.field(default_factory=list)
     convolution: list[float] = dataclasses.field(default_factory=list)
     reference: list[float] = dataclasses.field(default_factory=list)
+    peak_memory: int = 0  # bytes
     failure: str | None = None
 
     @property
@@ -315,7 +333,26 @@ def measure(args: Arguments, resolution: int, convolution: Worker) -> list[Row]:
                         row.convolution.append(convolution.seconds(5))
                         if theirs is not None:
                             row.reference.append(theirs.seconds(args.steps))
+        for row, ours in running:
+            if row.failure is None:
+                row.peak_memory = ours.ask("peak_memory")
     return rows
+
+
+def parts(args: Arguments, rows: list[Row]) -> Iterator[str]:
+    """Tables of where a step of one image goes, by image size."""
+    for row in rows:
+        if row.batch_size != 1 or row.failure is not None:
+            continue
+        config = StyleGAN2Config(row.resolution, channel_base=args.channel_base, channel_max=args.channel_max)
+        try:
+            with Worker("benchmark_parts", "Parts", config) as worker:
+                found = worker.ask("__call__", args.rounds)
+        except WorkerError as error:
+            yield f"{row.resolution} px: the parts could not be timed: {error}"
+            continue
+        yield from benchmark_parts.table(row.resolution, found, statistics.median(row.ours), row.rate)
+        yield ""
 
 
 def threads() -> int:
@@ -332,6 +369,7 @@ def table(rows: list[Row], reference: bool) -> Iterator[str]:
         "min to max",
         "GFLOP / step",
         "of the convolution rate",
+        "peak memory, GB",
         "an image, of the first",
     ]
     head += ["authors' s / step", "ours / theirs"] * reference
@@ -347,6 +385,7 @@ def table(rows: list[Row], reference: bool) -> Iterator[str]:
                 f"{min(row.ours):.3g} to {max(row.ours):.3g}",
                 f"{row.batch_size * sum(row.operations) / 1e9:,.0f}",
                 f"{row.share:.0%} of {row.rate / 1e9:,.0f} GFLOP/s",
+                f"{row.peak_memory / 1e9:.1f}",
                 "–" if relative is None else f"{relative:.2f}",
             ]
             if row.ratio is not None:
@@ -355,14 +394,6 @@ def table(rows: list[Row], reference: bool) -> Iterator[str]:
         else:
             cells += [f"failed: {row.failure}"]
         yield "| " + " | ".join(cells + ["–"] * (len(head) - len(cells))) + " |"
-
-
-def operations_table(rows: list[Row]) -> Iterator[str]:
-    """What one image's step consists of."""
-    yield "| GFLOP of one image | synthesis | back to the latents | LPIPS-VGG | back to the image |"
-    yield "|" + " ---: |" * 5
-    for resolution, operations in {row.resolution: row.operations for row in rows}.items():
-        yield f"| {resolution} px | " + " | ".join(f"{n / 1e9:.3g}" for n in operations) + " |"
 
 
 def check(args: Arguments) -> None:
@@ -403,9 +434,14 @@ def main(args: Arguments) -> None:
                 print(f"  {resolution} px: done", file=sys.stderr, flush=True)
     except WorkerError as error:
         raise UserError(f"the device cannot run a convolution: {error}") from error
-    print("", *table(rows, args.reference is not None), "", *operations_table(rows), sep="\n")
+    print("", *table(rows, args.reference is not None), "", sep="\n")
+    for line in parts(args, rows):
+        print(line, flush=True)
+    runs = benchmark_demo.measure() if args.demo else {}
+    if runs:
+        print(*benchmark_demo.table(runs), sep="\n")
     if args.output_path is not None:
-        files.write_json(args.output_path, report(args, rows, device))
+        files.write_json(args.output_path, {**report(args, rows, device), "demo": runs})
         print(f"\nall figures: {args.output_path}")
     if all(row.failure is not None for row in rows):
         raise UserError(f"nothing could be timed: {rows[0].failure}")

@@ -67,7 +67,7 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     folder = registry.cache_folder() / "compiled" / _processor()
     try:
@@ -76,7 +76,7 @@ def keep_compiled_programs() -> None:
         return  # nowhere to keep them: compiled each time, as without
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 2 << 30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _processor() -> str:

@@ -29,7 +29,7 @@ import numpy as np
 import tqdm
 
 from samjax import api, demo, maps
-from samjax.config import InversionConfig
+from samjax.config import PRESETS, InversionConfig, Preset
 from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import latent_layers, single_layer_masks
@@ -49,8 +49,10 @@ class Flags(networks.Flags):
     """How many hard scenes."""
     scene_seed: int = 1
     """Which hard scenes: 1 are the held-out ones, the demo's threshold was chosen on those of 2."""
+    preset: Preset | None = None
+    """How long and how fast: the authors' course, or one with a tenth of its steps; none: the category's."""
     num_opt_steps: int | None = None
-    """Steps of every inversion; none: 1001, the demo 100."""
+    """Steps of every inversion; none: the preset's, or 1001, the demo 100."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """Network of the loss; none: vgg, the demo alex. The table's LPIPS is always VGG's."""
     batch_size: int | None = None
@@ -197,11 +199,12 @@ def count_examples(args: Flags) -> int:
 def settings(args: Flags, nets: networks.Networks) -> InversionConfig:
     """Those of all inversions."""
     category = nets.category
+    config = dataclasses.replace(category.config, **(PRESETS[args.preset] if args.preset else {}))
     return dataclasses.replace(
-        category.config,
+        config,
         latent_names=tuple(layer.name for layer in latent_layers(nets.generator.config)),
-        num_opt_steps=args.num_opt_steps or category.config.num_opt_steps,
-        lpips_type=args.lpips_type or category.config.lpips_type,
+        num_opt_steps=args.num_opt_steps or config.num_opt_steps,
+        lpips_type=args.lpips_type or config.lpips_type,
         batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
         loss_resolution=max(category.target_size),
     )
@@ -238,7 +241,8 @@ def main(args: Arguments) -> None:
     what = f"{count} hard scenes of the demo" if args.images is None else f"{count} images of {args.images.name}"
     shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
     device = jax.devices()[0].device_kind
-    caption = f"{what}; {config.num_opt_steps} steps with LPIPS-{config.lpips_type}, threshold {shown}; {device}."
+    course = f"{config.num_opt_steps} steps at {config.lr:g} with LPIPS-{config.lpips_type}"
+    caption = f"{what}; {course}, threshold {shown}; {device}."
     text = markdown(means, caption)
     files.write_text(folder / "table.md", text)
     files.write_json(

@@ -28,11 +28,11 @@ import networks
 import numpy as np
 
 from samjax import api, demo, editing, inversion, losses, maps
-from samjax.config import Category, InversionConfig
+from samjax.config import PRESETS, Category, InversionConfig, Preset
 from samjax.errors import UserError
 from samjax.io import files, images, report
 from samjax.io.checkpoints import LoadedGenerator
-from samjax.latents import latent_layers, parse_latent_names, single_layer_masks
+from samjax.latents import init_latents, latent_layers, parse_latent_names, single_layer_masks
 from samjax.metrics import quality
 
 
@@ -59,6 +59,9 @@ class Arguments(networks.Flags):
     sweep_thresholds: bool = False
     """Runs all thresholds of the category; those that give the same layers run once."""
 
+    preset: Preset | None = None
+    """How long and how fast: "reference" is the authors' course, "fast" takes a tenth of its steps; none: the
+    category's. The flags that follow come before it."""
     num_opt_steps: int | None = None
     """Adam steps. This and what follows up to lambda_mvg, where not given, is the category's: for all but the demo the
     authors' 1001, 0.05, 0.25, 0.05, 0.9, 0.999, vgg, 1, 1, 5, 1e-3, 1e-8."""
@@ -184,8 +187,9 @@ def settle(args: Arguments) -> Job:
 
 
 def settle_config(args: Arguments, category: Category, generator: LoadedGenerator) -> InversionConfig:
-    taken = {field.name: getattr(args, field.name) for field in dataclasses.fields(InversionConfig)
-             if getattr(args, field.name, None) is not None}  # fmt: skip
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(InversionConfig)}
+    taken = PRESETS[args.preset] if args.preset else {}
+    taken = taken | {name: value for name, value in given.items() if value is not None}
     if args.latent_names is None:
         taken["latent_names"] = tuple(layer.name for layer in latent_layers(generator.config))
     else:
@@ -272,6 +276,13 @@ def look(folder: Path, args: Arguments, job: Job, models: api.Models, seconds: d
         return Looked(segments, ws, error_maps, [])
     seconds["networks"] = time.perf_counter() - began
     return Looked(segments, ws, *measured_layers(folder, args, job, models, ws, seconds))
+
+
+def starting_image(models: api.Models, ws: np.ndarray) -> np.ndarray:
+    """What the generator makes of W+ where it starts [num_ws, w_dim]; [R, R, 3]."""
+    latents = init_latents(models.layers, jnp.asarray(ws)[None])
+    masks = {name: np.asarray(mask)[:1] for name, mask in single_layer_masks(models.layers).items()}
+    return api.render(models, latents, masks)[0]
 
 
 def measured_layers(
@@ -519,6 +530,7 @@ def main(args: Arguments) -> None:
     seconds: dict[str, float] = {}
     looked = look(folder, args, job, models, seconds)
     assignment = maps.assign_layers(looked.maps, looked.segments, job.thresholds)
+    images.save_png(folder / "start.png", full_size(job, starting_image(models, looked.ws)))
     sams = sam_inversions(folder, args, job, models, looked.ws, assignment.layer_maps, seconds)
     results = []
     for i, sam in enumerate(sams):

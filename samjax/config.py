@@ -11,6 +11,7 @@ LATENT_NAMES = ("W+", "F4", "F6", "F8", "F10")
 Segmenter = Literal["felzenszwalb", "slic", "ade20k", "bisenet", "mask_rcnn"]
 Invertibility = Literal["measured", "predicted"]
 Start = Literal["mean", "best", "encoder"]
+Preset = Literal["reference", "fast"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,16 @@ class InversionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "reference": {"num_opt_steps": 1001, "lr": 0.05, "lr_rampup_length": 0.05, "lr_rampdown_length": 0.25},
+    "fast": {"num_opt_steps": 100, "lr": 0.2, "lr_rampup_length": 0.0, "lr_rampdown_length": 0.25},
+}
+"""Courses of an inversion, as fields of `InversionConfig`: the authors', and one of a tenth of its steps.
+
+The fast one was chosen on hard scenes of the demo that no table shows (`experiments/evaluate.py --scene_seed 2`).
+"""
 
 
 @dataclasses.dataclass(frozen=True)

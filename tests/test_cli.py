@@ -1,5 +1,6 @@
 """What the programs share."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -33,3 +34,39 @@ def test_keep_freed_memory():
     with_it, without = faults(True), faults(False)
     assert with_it < 10
     assert without > 20  # 64 MiB: 16,384 pages, or 32 large ones
+
+
+COMPILES = """
+import sys
+sys.path.insert(0, {folder!r})
+import cli, jax
+cli.keep_compiled_programs()
+jax.jit(lambda x: x + 1)(1.0)
+"""
+
+
+def _kept(tmp_path: Path, **environment: str) -> list[str]:
+    """What is in `tmp_path` after a program that compiles something."""
+    environment = {**os.environ, "SAMJAX_CACHE": str(tmp_path / "cache"), **environment}
+    program = COMPILES.format(folder=str(EXPERIMENTS))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
+    assert not done.stderr
+    return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache"))
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    kept = _kept(tmp_path)
+    assert kept
+    assert all(name.startswith(os.path.join("cache", "compiled", platform.machine())) for name in kept)
+    assert _kept(tmp_path) == kept  # found, not compiled again
+
+
+def test_where_compiled_programs_are_kept_is_the_users_choice(tmp_path):
+    kept = _kept(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "elsewhere"))
+    assert all(name.startswith("elsewhere") for name in kept)
+    assert not _kept(tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="0")
+
+
+def test_without_a_place_for_compiled_programs_they_are_not_kept(tmp_path):
+    (tmp_path / "cache").write_text("a file, not a folder")
+    assert not _kept(tmp_path)

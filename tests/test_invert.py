@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,6 +60,18 @@ def _arguments(invert, inputs, output, **changes):
     return invert.Arguments(**{**values, **changes})
 
 
+def test_presets(invert, inputs, tmp_path):
+    """Each names a whole course, which single flags come before."""
+
+    def settled(**changes):
+        return invert.settle(_arguments(invert, inputs, tmp_path, num_opt_steps=None, **changes)).config
+
+    assert settled(preset="reference") == settled()  # a generator of one's own takes the authors' course
+    fast = settled(preset="fast")
+    assert (fast.num_opt_steps, fast.lr, fast.lr_rampup_length) == (100, 0.2, 0.0)
+    assert settled(preset="fast", lr=0.1) == dataclasses.replace(fast, lr=0.1)
+
+
 @pytest.fixture(scope="module")
 def finished(invert, inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("output")
@@ -69,7 +82,7 @@ def finished(invert, inputs, tmp_path_factory):
 def test_everything_promised_is_there(finished):
     tag = "T0.225"
     for name in (
-        "input.png", "segments.png", "invertibility.png", f"layers_{tag}.png", f"reconstruction_{tag}.png",
+        "input.png", "start.png", "segments.png", "invertibility.png", f"layers_{tag}.png", f"reconstruction_{tag}.png",
         f"latents_{tag}.npz", f"edits/up/{tag}.png", f"edits/up/{tag}_mul1.png", "comparison.png", "metrics.json",
         "report.html",
     ):  # fmt: skip

@@ -426,7 +426,8 @@ def _load_folder(folder: Path, network: str) -> LoadedNetwork:
 
 
 def _on_device(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return unflatten({name: jnp.asarray(array, jnp.float32) for name, array in flat.items()})
+    # Converted by NumPy, and put there at once: JAX would compile a program for every shape of a float16 file.
+    return jax.device_put(unflatten({name: np.asarray(array, np.float32) for name, array in flat.items()}))
 
 
 # --- safetensors ---
