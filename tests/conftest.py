@@ -8,6 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests marked gpu are run with JAX_PLATFORMS=cuda,cpu
+# Most of the suite's time is compilation, here and in the programs that tests start, and its arrays are small. The
+# accelerators' tests keep all optimisations.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -16,8 +20,6 @@ import pytest
 # Before JAX starts its backends, which happens at the first array.
 jax.config.update("jax_num_cpu_devices", 2)  # so that sharding over devices is tested, not only written
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # a stray float64 or integer is an error
-# Most of the suite's time is compilation, and its arrays are small. The accelerators' tests keep all optimisations.
-jax.config.update("jax_disable_most_optimizations", os.environ["JAX_PLATFORMS"] == "cpu")
 
 GOLDEN = Path(__file__).parent / "golden"
 
