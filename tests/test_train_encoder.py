@@ -40,12 +40,12 @@ def pictures(frozen: Networks, count: int, seed: int = 0) -> np.ndarray:
     """Of the generator itself, so that a code for them exists."""
     z = jax.random.normal(jax.random.key(seed), (count, TINY.z_dim))
     ws = stylegan2.map_z(TINY, frozen.generator, z)
-    return np.clip(stylegan2.synthesize(TINY, frozen.generator, ws).image, -1, 1)
+    return np.clip(jax.jit(stylegan2.synthesize, static_argnums=0)(TINY, frozen.generator, ws).image, -1, 1)
 
 
 def test_a_fresh_encoder_puts_out_one_style_near_the_mean(frozen):
     state = encoder_training.init(ENCODER, CONFIG, frozen)
-    codes = e4e.encode(state.variables, jnp.asarray(pictures(frozen, 2)), ENCODER)
+    codes = jax.jit(e4e.encode, static_argnums=2)(state.variables, jnp.asarray(pictures(frozen, 2)), ENCODER)
     np.testing.assert_array_equal(codes, jnp.broadcast_to(codes[:, :1], codes.shape))
     spread = np.abs(np.asarray(stylegan2.map_z(TINY, frozen.generator, jnp.eye(8))) - frozen.prior.mean_w).mean()
     assert np.abs(codes - frozen.prior.mean_w).mean() < spread

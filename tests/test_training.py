@@ -82,7 +82,7 @@ def test_the_schedule_is_the_references():
 def test_the_first_step_is_sgd_with_decay_and_two_rates(params):
     batch, before = make_batch(), fresh()
     old = jax.tree.map(np.array, before.variables)
-    true = training.true_maps(params, batch, "alex")
+    true = jax.jit(training.true_maps, static_argnums=2)(params, batch, "alex")
 
     def objective(trained):
         variables = {"params": trained, "batch_stats": old["batch_stats"]}
