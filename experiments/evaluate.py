@@ -50,7 +50,7 @@ class Flags(networks.Flags):
     scene_seed: int = 1
     """Which hard scenes: 1 are the held-out ones, the demo's threshold was chosen on those of 2."""
     preset: Preset | None = None
-    """How long and how fast: the authors' course, or one with a tenth of its steps; none: the category's."""
+    """How long and how fast: the authors' course, or one with a third of its steps; none: the category's."""
     num_opt_steps: int | None = None
     """Steps of every inversion; none: the preset's, or 1001, the demo 100."""
     lpips_type: Literal["vgg", "alex"] | None = None

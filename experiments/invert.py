@@ -60,7 +60,7 @@ class Arguments(networks.Flags):
     """Runs all thresholds of the category; those that give the same layers run once."""
 
     preset: Preset | None = None
-    """How long and how fast: "reference" is the authors' course, "fast" takes a tenth of its steps; none: the
+    """How long and how fast: "reference" is the authors' course, "fast" takes a third of its steps; none: the
     category's. The flags that follow come before it."""
     num_opt_steps: int | None = None
     """Adam steps. This and what follows up to lambda_mvg, where not given, is the category's: for all but the demo the

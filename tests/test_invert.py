@@ -68,7 +68,7 @@ def test_presets(invert, inputs, tmp_path):
 
     assert settled(preset="reference") == settled()  # a generator of one's own takes the authors' course
     fast = settled(preset="fast")
-    assert (fast.num_opt_steps, fast.lr, fast.lr_rampup_length) == (100, 0.2, 0.0)
+    assert (fast.num_opt_steps, fast.lr, fast.lr_rampup_length) == (340, 0.2, 0.0)
     assert settled(preset="fast", lr=0.1) == dataclasses.replace(fast, lr=0.1)
 
 
