@@ -46,6 +46,7 @@ from samjax.io import files
 from samjax.io.weights import load_lpips
 from samjax.losses import fit_prior
 from samjax.nets import stylegan2
+from samjax.nets.convolution import direct
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -178,12 +179,8 @@ class Convolution:
         keys = jax.random.split(jax.random.key(0))
         self._inputs = jax.random.normal(keys[0], (1, 64, 64, 512)), jax.random.normal(keys[1], (3, 3, 512, 512))
         with jax.default_matmul_precision("highest"):
-            self._run = jax.jit(self._convolve).lower(*self._inputs).compile()
+            self._run = jax.jit(direct).lower(*self._inputs).compile()
         self.device = jax.devices()[0].device_kind
-
-    @staticmethod
-    def _convolve(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def __call__(self, steps: int) -> float:
         began = time.perf_counter()
@@ -272,6 +269,7 @@ class Row:
     convolution: list[float] = dataclasses.field(default_factory=list)
     reference: list[float] = dataclasses.field(default_factory=list)
     peak_memory: int = 0  # bytes
+    parts: dict[str, benchmark_parts.Part] = dataclasses.field(default_factory=dict)  # of a step of one image
     failure: str | None = None
 
     @property
@@ -340,18 +338,18 @@ def measure(args: Arguments, resolution: int, convolution: Worker) -> list[Row]:
 
 
 def parts(args: Arguments, rows: list[Row]) -> Iterator[str]:
-    """Tables of where a step of one image goes, by image size."""
+    """Times what a step of one image consists of, notes it in its row, and gives the tables, by image size."""
     for row in rows:
         if row.batch_size != 1 or row.failure is not None:
             continue
         config = StyleGAN2Config(row.resolution, channel_base=args.channel_base, channel_max=args.channel_max)
         try:
             with Worker("benchmark_parts", "Parts", config) as worker:
-                found = worker.ask("__call__", args.rounds)
+                row.parts = worker.ask("__call__", args.rounds)
         except WorkerError as error:
             yield f"{row.resolution} px: the parts could not be timed: {error}"
             continue
-        yield from benchmark_parts.table(row.resolution, found, statistics.median(row.ours), row.rate)
+        yield from benchmark_parts.table(row.resolution, row.parts, statistics.median(row.ours), row.rate)
         yield ""
 
 
@@ -459,6 +457,7 @@ def report(args: Arguments, rows: list[Row], device: str) -> dict[str, Any]:
             {
                 **dataclasses.asdict(row),
                 "operations": row.operations._asdict(),
+                "parts": {name: part._asdict() for name, part in row.parts.items()},
                 "gflops_of_convolution": row.rate / 1e9 if row.failure is None else None,
                 "share": row.share if row.failure is None else None,
                 "ratio": row.ratio if row.failure is None else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def _run(place: Path, name: str, *options: str) -> Run:
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None:
-            if picture != picture and any(output.glob("*/start.png")):
+            if math.isnan(picture) and any(output.glob("*/start.png")):
                 picture = time.perf_counter() - began
             time.sleep(0.05)
     seconds = time.perf_counter() - began

@@ -29,7 +29,7 @@ import numpy as np
 import tqdm
 
 from samjax import api, demo, maps
-from samjax.config import PRESETS, InversionConfig, Preset
+from samjax.config import InversionConfig, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import latent_layers, single_layer_masks
@@ -199,7 +199,7 @@ def count_examples(args: Flags) -> int:
 def settings(args: Flags, nets: networks.Networks) -> InversionConfig:
     """Those of all inversions."""
     category = nets.category
-    config = dataclasses.replace(category.config, **(PRESETS[args.preset] if args.preset else {}))
+    config = with_preset(category.config, args.preset)
     return dataclasses.replace(
         config,
         latent_names=tuple(layer.name for layer in latent_layers(nets.generator.config)),

@@ -28,7 +28,7 @@ import networks
 import numpy as np
 
 from samjax import api, demo, editing, inversion, losses, maps
-from samjax.config import PRESETS, Category, InversionConfig, Preset
+from samjax.config import Category, InversionConfig, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images, report
 from samjax.io.checkpoints import LoadedGenerator
@@ -188,15 +188,15 @@ def settle(args: Arguments) -> Job:
 
 def settle_config(args: Arguments, category: Category, generator: LoadedGenerator) -> InversionConfig:
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(InversionConfig)}
-    taken = PRESETS[args.preset] if args.preset else {}
-    taken = taken | {name: value for name, value in given.items() if value is not None}
+    taken = {name: value for name, value in given.items() if value is not None}
     if args.latent_names is None:
         taken["latent_names"] = tuple(layer.name for layer in latent_layers(generator.config))
     else:
         taken["latent_names"] = parse_latent_names(args.latent_names, generator.config)
     taken.setdefault("batch_size", 1 if jax.default_backend() == "cpu" else 8)
     try:
-        return dataclasses.replace(category.config, **taken, loss_resolution=max(category.target_size))
+        config = with_preset(category.config, args.preset)
+        return dataclasses.replace(config, **taken, loss_resolution=max(category.target_size))
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -67,14 +67,16 @@ class InversionConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-PRESETS: dict[Preset, dict[str, Any]] = {
-    "reference": {"num_opt_steps": 1001, "lr": 0.05, "lr_rampup_length": 0.05, "lr_rampdown_length": 0.25},
-    "fast": {"num_opt_steps": 340, "lr": 0.2, "lr_rampup_length": 0.0, "lr_rampdown_length": 0.25},
-}
-"""Courses of an inversion, as fields of `InversionConfig`: the authors', and one of a third of its steps.
+def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConfig:
+    """`config` with another course: the authors' ("reference"), or a third of its steps ("fast"); None for its own.
 
-The fast one was chosen on hard scenes of the demo that no table shows (`experiments/evaluate.py --scene_seed 2`).
-"""
+    The fast one was compared on hard scenes of the demo (`experiments/evaluate.py --scene_seed 2`).
+    """
+    if preset is None:
+        return config
+    course = InversionConfig() if preset == "reference" else InversionConfig(340, lr=0.2, lr_rampup_length=0.0)
+    fields = ("num_opt_steps", "lr", "lr_rampdown_length", "lr_rampup_length")
+    return dataclasses.replace(config, **{name: getattr(course, name) for name in fields})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,6 +121,7 @@ def test_end_to_end(benchmark, tmp_path, capsys):
     assert "| back to the latents |" in printed
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [row["batch_size"] for row in rows] == [1, 2]
+    assert rows[0]["parts"]["back to the latents"]["operations"] == rows[0]["operations"]["synthesis_backward"]
     for row in rows:
         assert row["failure"] is None
         assert row["peak_memory"] > 1e8

@@ -62,7 +62,12 @@ def test_compiled_programs_are_kept(tmp_path):
 
 
 def test_where_compiled_programs_are_kept_is_the_users_choice(tmp_path):
-    kept = _kept(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "elsewhere"))
+    choice = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "elsewhere"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    kept = _kept(tmp_path, **choice)
+    assert kept
     assert all(name.startswith("elsewhere") for name in kept)
     assert not _kept(tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="0")
 

@@ -49,7 +49,7 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
     x, weight = saved
-    (to_weight,) = jax.vjp(lambda w: _direct(x, w, False), weight)[1](y)
+    (to_weight,) = jax.vjp(lambda w: direct(x, w), weight)[1](y)
     return _convolve(y, weight[::-1, ::-1], True), to_weight
 
 
@@ -63,18 +63,19 @@ def _convolve(x: Array, weight: Array, transposed: bool) -> Array:
     pixels = max(weight.shape[2:]) * (4 if transposed else 2)
     suits = x.dtype == jnp.float32 and height % 4 == 0
     if not (suits and min(weight.shape[2:]) >= 128 and height * width >= pixels):
-        return _direct(x, weight, transposed)
-    minimal, direct = (functools.partial(form, transposed=transposed) for form in (_minimal, _direct))
-    return lax.platform_dependent(x, weight, cpu=minimal, default=direct)
+        return direct(x, weight, transposed)
+    minimal, default = (functools.partial(form, transposed=transposed) for form in (_minimal, direct))
+    return lax.platform_dependent(x, weight, cpu=minimal, default=default)
 
 
-def _direct(x: Array, weight: Array, transposed: bool) -> Array:
+def direct(x: Array, weight: Array, transposed: bool = False) -> Array:
+    """`conv3x3` by the platform's own convolution; `weight` is [3, 3, O, I] if `transposed`."""
     numbers = ("NHWC", "HWOI" if transposed else "HWIO", "NHWC")
     return lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=numbers)
 
 
 def _minimal(x: Array, weight: Array, transposed: bool) -> Array:
-    """`_direct` for a height that four divides."""
+    """`direct` for a height that four divides."""
     n, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
     r = [lax.slice_in_dim(padded, i, i + height - 3, 4, axis=1) for i in range(6)]  # row i of each group's six
@@ -90,7 +91,7 @@ def _minimal(x: Array, weight: Array, transposed: bool) -> Array:
     # As a product: sums would be fused with the transposition that follows, and read the weights against the grain.
     kernels = jnp.einsum("py,yxio->pxio", _VALUES, weight, precision="highest")
     zero, a, minus_a, b, minus_b, infinity = (
-        _direct(row, kernel[None], transposed) for row, kernel in zip(rows, kernels, strict=True)
+        direct(row, kernel[None], transposed) for row, kernel in zip(rows, kernels, strict=True)
     )
     y = (
         zero + (a + minus_a) + (b + minus_b),

@@ -90,11 +90,12 @@ class Conv(nn.Module):
         weight = self.param("weight", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if (self.kernel, self.stride, self.padding) == (3, 1, 1):
-            return nn.relu(conv3x3(x, weight) + bias)
-        pad = (self.padding, self.padding)
-        y = lax.conv_general_dilated(
-            x, weight, (self.stride, self.stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+            y = conv3x3(x, weight)
+        else:
+            pad = (self.padding, self.padding)
+            y = lax.conv_general_dilated(
+                x, weight, (self.stride, self.stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
         return nn.relu(y + bias)
 
 
