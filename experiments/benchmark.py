@@ -8,7 +8,8 @@ operations by part, and what share that is of the rate at which the device runs 
 channels; what an image costs in each batch relative to the first; and where a step's time goes, beside what its parts
 would take at that rate, and at the rate at which the device copies. With --reference, checkouts of NVlabs/stylegan3 and
 adobe-research/sam_inversion (and PyTorch installed), the authors' step too. All of one image size run in turn, each in
-a process of its own, so that all see the same minutes. With --demo, the demo's command from the shell as well.
+a process of its own, so that all see the same minutes. With --demo, the demo's command from the shell as well; with
+--quality 32, what `--preset fast` and coarser arithmetic cost on as many held-out scenes.
 
 Prints Markdown tables; --output_path FILE.json keeps every figure.
 """
@@ -34,13 +35,14 @@ from typing import Any, NamedTuple
 
 import benchmark_demo
 import benchmark_parts
+import benchmark_quality
 import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from samjax import inversion, latents
-from samjax.config import InversionConfig
+from samjax.config import InversionConfig, Precision
 from samjax.errors import UserError
 from samjax.io import files
 from samjax.io.weights import load_lpips
@@ -66,6 +68,12 @@ class Arguments:
     channel_max: int = 512
     demo: bool = False
     """Times the demo's command too, and its sweep of thresholds."""
+    quality: int = 0
+    """On how many of the demo's held-out hard scenes presets and precisions are compared: 32 take an hour and a half
+    on two CPU cores. Finished scenes are kept in quality_folder, and not made again."""
+    quality_folder: Path = Path("output/benchmark_quality")
+    precision: Precision = "highest"
+    """Of our steps; the authors' are always float32."""
     output_path: Path | None = None
     """A JSON file for all figures."""
 
@@ -127,7 +135,7 @@ def target_size(resolution: int) -> tuple[int, int]:
 class OurStep:
     """`samjax.inversion` on a batch of random targets; `step(n)` runs n steps and gives the seconds they took."""
 
-    def __init__(self, config: StyleGAN2Config, batch_size: int):
+    def __init__(self, config: StyleGAN2Config, batch_size: int, precision: Precision = "highest"):
         cli.keep_freed_memory()  # as all programs here do, and the authors' does not
         rng = np.random.default_rng(0)
         random = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
@@ -143,14 +151,12 @@ class OurStep:
         targets = rng.uniform(-1, 1, (batch_size, *target_size(config.img_resolution), 3)).astype(np.float32)
         start = latents.init_latents(layers, jnp.asarray(random(batch_size, config.w_dim)))
         items = inversion.Items(targets, masks, start, np.arange(batch_size))
-        settings = InversionConfig(num_opt_steps=10**6, batch_size=batch_size)
+        settings = InversionConfig(num_opt_steps=10**6, batch_size=batch_size, precision=precision)
         self._run = inversion.run_chunk
-        self.arguments = (
-            structure := inversion.structure(config, settings),
-            networks,
-            inversion.prepare(structure, networks, items),
-            inversion.hyperparameters(settings),
-        )
+        structure = inversion.structure(config, settings)
+        networks = inversion.freeze(structure, networks, targets.shape[1:3])
+        batch = inversion.prepare(structure, networks, items)
+        self.arguments = structure, networks, batch, inversion.hyperparameters(settings)
         self.operations = step_operations(config)
         self._state = inversion.init(items)
         self.chunk = structure.chunk_steps
@@ -322,7 +328,8 @@ def measure(args: Arguments, resolution: int, convolution: Worker) -> list[Row]:
         running = []
         for row in rows:
             with row.failing():
-                running.append((row, stack.enter_context(Worker("benchmark", "OurStep", config, row.batch_size))))
+                worker = Worker("benchmark", "OurStep", config, row.batch_size, args.precision)
+                running.append((row, stack.enter_context(worker)))
         for _ in range(args.rounds):
             for row, ours in running:
                 if row.failure is None:
@@ -344,7 +351,7 @@ def parts(args: Arguments, rows: list[Row]) -> Iterator[str]:
             continue
         config = StyleGAN2Config(row.resolution, channel_base=args.channel_base, channel_max=args.channel_max)
         try:
-            with Worker("benchmark_parts", "Parts", config) as worker:
+            with Worker("benchmark_parts", "Parts", config, args.precision) as worker:
                 row.parts = worker.ask("__call__", args.rounds)
         except WorkerError as error:
             yield f"{row.resolution} px: the parts could not be timed: {error}"
@@ -426,7 +433,8 @@ def main(args: Arguments) -> None:
     try:
         with Worker("benchmark", "Convolution") as convolution:
             device = convolution.device
-            print(f"{device}, {threads()} CPU threads, float32, median of {args.rounds} rounds of {args.steps} steps")
+            how = {"highest": "float32", "bfloat16": "bfloat16"}.get(args.precision, f"precision {args.precision}")
+            print(f"{device}, {threads()} CPU threads, {how}, median of {args.rounds} rounds of {args.steps} steps")
             for resolution in args.resolutions:
                 rows += measure(args, resolution, convolution)
                 print(f"  {resolution} px: done", file=sys.stderr, flush=True)
@@ -435,14 +443,27 @@ def main(args: Arguments) -> None:
     print("", *table(rows, args.reference is not None), "", sep="\n")
     for line in parts(args, rows):
         print(line, flush=True)
-    runs = benchmark_demo.measure() if args.demo else {}
-    if runs:
-        print(*benchmark_demo.table(runs), sep="\n")
+    figures = report(args, rows, device)
+    keep(args, figures)
+    if args.demo:
+        figures["demo"] = benchmark_demo.measure()
+        print(*benchmark_demo.table(figures["demo"]), "", sep="\n", flush=True)
+        keep(args, figures)
+    if args.quality:
+        found = benchmark_quality.measure(args.quality, args.quality_folder, device)
+        print(*benchmark_quality.table(found), "", sep="\n", flush=True)
+        figures["quality"] = {", ".join(policy): quality._asdict() for policy, quality in found.items()}
+        keep(args, figures)
     if args.output_path is not None:
-        files.write_json(args.output_path, {**report(args, rows, device), "demo": runs})
-        print(f"\nall figures: {args.output_path}")
+        print(f"all figures: {args.output_path}")
     if all(row.failure is not None for row in rows):
         raise UserError(f"nothing could be timed: {rows[0].failure}")
+
+
+def keep(args: Arguments, figures: dict[str, Any]) -> None:
+    """Writes what there is so far: a later part may fail."""
+    if args.output_path is not None:
+        files.write_json(args.output_path, figures)
 
 
 def report(args: Arguments, rows: list[Row], device: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from samjax.errors import UserError
 
+PROGRAM = Path(__file__).with_name("invert.py")
+
 
 class Run(NamedTuple):
     """One run of `invert.py`.
@@ -47,8 +49,7 @@ def measure() -> dict[str, Run]:
 
 def _run(place: Path, name: str, *options: str) -> Run:
     output, log = place / name, place / f"{name}.txt"
-    program = Path(__file__).with_name("invert.py")
-    command = [sys.executable, str(program), "--output_path", str(output), *options]
+    command = [sys.executable, str(PROGRAM), "--output_path", str(output), *options]
     environment = {**os.environ, "SAMJAX_CACHE": str(place / "cache")}
     began, picture = time.perf_counter(), float("nan")
     with log.open("w") as file:

@@ -18,6 +18,7 @@ import optax
 from jax import Array
 
 from samjax import inversion, latents, losses
+from samjax.config import Precision
 from samjax.nets import lpips
 from samjax.nets.stylegan2 import StyleGAN2Config
 
@@ -38,10 +39,10 @@ class Part(NamedTuple):
 class Parts:
     """`parts(n)` gives {name: Part} as medians of n passes, and "copy" as that of a large array."""
 
-    def __init__(self, config: StyleGAN2Config):
+    def __init__(self, config: StyleGAN2Config, precision: Precision = "highest"):
         from benchmark import OurStep  # which imports this module for its table
 
-        step = OurStep(config, 1)
+        step = OurStep(config, 1, precision)
         self.device = step.device
         self._programs = dict(_programs(*step.arguments, step.operations))
 
@@ -67,18 +68,18 @@ def _programs(
     operations: Operations,
 ) -> Iterator[tuple[str, tuple[Any, tuple[Any, ...], int]]]:
     """Of each part: the compiled program, its arguments, and the operations of its convolutions."""
-    size, shape = structure.loss_resolution, batch.targets.shape[1:3]
+    size, shape, half = structure.loss_resolution, batch.targets.shape[1:3], structure.half_precision
 
     def synthesis(start: dict[str, Array], params: Any, masks: Any, keys: Array) -> Array:
         return latents.synthesize_latents(
-            structure.generator, params, start, masks, noise=structure.noise, noise_keys=keys
+            structure.generator, params, start, masks, noise=structure.noise, noise_keys=keys, half_precision=half
         ).image
 
     def squares(image: Array, targets: Array) -> Array:
         return losses.mean_squares(losses.comparable(image, size, *shape), targets)
 
     def perceptual(image: Array, params: Any, features: Any) -> Array:
-        return lpips.distance(params, lpips.features(params, image, "vgg"), features)
+        return lpips.distance(params, lpips.features(params, image, "vgg", half_precision=half), features)
 
     def update(start: dict[str, Array], state: Any, prior: Any, offsets: Any) -> Any:
         def penalties(x: dict[str, Array]) -> Array:

@@ -28,8 +28,8 @@ import networks
 import numpy as np
 import tqdm
 
-from samjax import api, demo, maps
-from samjax.config import InversionConfig, Preset, with_preset
+from samjax import api, demo, inversion, maps
+from samjax.config import InversionConfig, Precision, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import latent_layers, single_layer_masks
@@ -55,8 +55,10 @@ class Flags(networks.Flags):
     """Steps of every inversion; none: the preset's, or 1001, the demo 100."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """Network of the loss; none: vgg, the demo alex. The table's LPIPS is always VGG's."""
+    precision: Precision = "highest"
+    """Of the optimisation; see invert.py. The figures are always of full float32."""
     batch_size: int | None = None
-    """Inversions in one program; none: 1 on a CPU, 8 elsewhere."""
+    """Inversions in one program; none: 1 on a CPU, elsewhere as many as fit, at most 8."""
     seed: int = 0
 
 
@@ -205,8 +207,9 @@ def settings(args: Flags, nets: networks.Networks) -> InversionConfig:
         latent_names=tuple(layer.name for layer in latent_layers(nets.generator.config)),
         num_opt_steps=args.num_opt_steps or config.num_opt_steps,
         lpips_type=args.lpips_type or config.lpips_type,
-        batch_size=args.batch_size or (1 if jax.default_backend() == "cpu" else 8),
+        batch_size=args.batch_size or inversion.default_batch_size(nets.generator.config),
         loss_resolution=max(category.target_size),
+        precision=args.precision,
     )
 
 
@@ -226,7 +229,9 @@ def main(args: Arguments) -> None:
     folder = files.output_folder(args.output_path)
     models = api.load_models(nets.generator, config, seed=args.seed)
     looks = [*map(fingerprint, (nets.generator, nets.encoder, nets.predictor)), category.segmenter, category.start]
-    choices = (config, thresholds, args.edit_strength, edit_path(args), args.fit, args.swap_channels, args.seed)
+    direction = edit_path(args)
+    edit = (direction and direction.read_bytes(), args.edit_strength)
+    choices = (config, thresholds, *edit, args.fit, args.swap_channels, args.seed)
     run = hashlib.sha256(repr((*choices, *looks)).encode()).hexdigest()[:8]
     done: dict[str, dict[str, Figures]] = {}
     for example in tqdm.tqdm(examples(args, nets), total=count, unit="image"):

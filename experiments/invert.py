@@ -28,7 +28,7 @@ import networks
 import numpy as np
 
 from samjax import api, demo, editing, inversion, losses, maps
-from samjax.config import Category, InversionConfig, Preset, with_preset
+from samjax.config import Category, InversionConfig, Precision, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images, report
 from samjax.io.checkpoints import LoadedGenerator
@@ -77,10 +77,13 @@ class Arguments(networks.Flags):
     lambda_f_rec: float | None = None
     lambda_delta: float | None = None
     lambda_mvg: float | None = None
+    precision: Precision | None = None
+    """Of the optimisation; "highest", the default, is full float32, "high" and "default" are faster on a GPU or a TPU
+    only, "bfloat16" uses 16 bits in LPIPS and the generator's highest resolutions."""
     noise: Literal["random", "const", "none"] = "random"
     """The generator's noise during optimisation."""
     batch_size: int | None = None
-    """Inversions in one program; none: 1 on a CPU, 8 elsewhere."""
+    """Inversions in one program; none: 1 on a CPU, elsewhere as many as fit, at most 8, or 16 of a sweep."""
     seed: int = 0
 
     generate_edits: bool | None = None
@@ -193,7 +196,8 @@ def settle_config(args: Arguments, category: Category, generator: LoadedGenerato
         taken["latent_names"] = tuple(layer.name for layer in latent_layers(generator.config))
     else:
         taken["latent_names"] = parse_latent_names(args.latent_names, generator.config)
-    taken.setdefault("batch_size", 1 if jax.default_backend() == "cpu" else 8)
+    most = 16 if args.sweep_thresholds else 8
+    taken.setdefault("batch_size", inversion.default_batch_size(generator.config, most))
     try:
         config = with_preset(category.config, args.preset)
         return dataclasses.replace(config, **taken, loss_resolution=max(category.target_size))
@@ -383,7 +387,7 @@ def snapshots(
         steps = len(progress.terms.total)
         due = progress.step // args.save_frequency > (progress.step - steps) // args.save_frequency
         if args.save_intermediate and due:
-            size = models.config.batch_size
+            size = len(progress.state.latents["W+"])
             rows = np.minimum(np.arange(progress.group * size, (progress.group + 1) * size), len(labels) - 1)
             made = api.render(models, progress.state.latents, {name: mask[rows] for name, mask in masks.items()})
             for row, image in zip(rows, made, strict=True):
@@ -402,8 +406,9 @@ def describe(
     assignment: maps.Assignment,
     index: int,
     methods: dict[str, Inverted],
+    edited: dict[str, np.ndarray],
 ) -> report.Result:
-    """Everything about one threshold, for pictures and tables."""
+    """Everything about one threshold, for pictures and tables; `edited` [directions, strengths, R, R, 3] by method."""
     names = [layer.name for layer in models.layers]
     rows = [
         report.SegmentRow(
@@ -422,9 +427,8 @@ def describe(
         q = quality(image, job.target, float(distance))
         metrics[name] = {"MSE": q.mse, "PSNR": q.psnr, "SSIM": q.ssim, "LPIPS": float(distance)}
     edits: dict[str, dict[str | float, dict[str, np.ndarray]]] = {}
-    for direction, change in job.directions.items():
-        for name, item in methods.items():
-            sweep = api.edit_latents(models, item.latents, item.masks, change, job.strengths)
+    for name, sweeps in edited.items():
+        for direction, sweep in zip(job.directions, sweeps, strict=True):
             for strength, image in zip(job.strengths, api.comparable(sweep, job.target), strict=True):
                 edits.setdefault(direction, {}).setdefault(strength, {})[name] = image
     return report.Result(
@@ -452,24 +456,30 @@ def describe(
     )
 
 
+def edit(job: Job, models: api.Models, item: Inverted) -> np.ndarray:
+    """Along every direction, at every strength; [directions, strengths, R, R, 3]."""
+    config = models.generator.config
+    directions = np.reshape(list(job.directions.values()), (-1, config.num_ws, config.w_dim))
+    return api.edit_all(models, item.latents, item.masks, directions, job.strengths)
+
+
 def save_threshold(
-    folder: Path, args: Arguments, job: Job, models: api.Models, result: report.Result, sam: Inverted
+    folder: Path, args: Arguments, job: Job, result: report.Result, image: np.ndarray, edited: np.ndarray
 ) -> None:
-    """The pictures of one threshold."""
+    """The pictures of one threshold: SAM's image [R, R, 3], and its edits [directions, strengths, R, R, 3]."""
     tag = f"T{result.threshold:.3f}"
     images.save_png(folder / f"layers_{tag}.png", report.layers_picture(result))
-    images.save_png(folder / f"reconstruction_{tag}.png", full_size(job, sam.image))
+    images.save_png(folder / f"reconstruction_{tag}.png", full_size(job, image))
     for name, strengths in result.edits.items():
         images.save_png(folder / "edits" / name / f"{tag}.png", report.edit_strip(result, name))
-        for strength, methods in strengths.items():
-            images.save_png(folder / "edits" / name / f"{tag}_mul{strength:g}.png", methods["SAM"])
+        for strength, made in strengths.items():
+            images.save_png(folder / "edits" / name / f"{tag}_mul{strength:g}.png", made["SAM"])
     if args.paste_back:
         paste = lambda image: images.paste_back(job.picture, full_size(job, image), args.fit)  # noqa: E731
-        images.save_png(folder / "pasted" / f"reconstruction_{tag}.png", paste(sam.image))
-        for name, direction in job.directions.items():
-            sweep = api.edit_latents(models, sam.latents, sam.masks, direction, job.strengths)
-            for strength, image in zip(job.strengths, sweep, strict=True):
-                images.save_png(folder / "pasted" / name / f"{tag}_mul{strength:g}.png", paste(image))
+        images.save_png(folder / "pasted" / f"reconstruction_{tag}.png", paste(image))
+        for name, sweep in zip(job.directions, edited, strict=True):
+            for strength, changed in zip(job.strengths, sweep, strict=True):
+                images.save_png(folder / "pasted" / name / f"{tag}_mul{strength:g}.png", paste(changed))
 
 
 def full_size(job: Job, image: np.ndarray) -> np.ndarray:
@@ -537,8 +547,9 @@ def main(args: Arguments) -> None:
         methods = {"SAM": sam}
         if looked.singles:
             methods = {"W+": looked.singles[0], models.layers[-1].name: looked.singles[-1], **methods}
-        results.append(describe(job, models, looked, assignment, i, methods))
-        save_threshold(folder, args, job, models, results[-1], sam)
+        edited = {name: edit(job, models, item) for name, item in methods.items()}
+        results.append(describe(job, models, looked, assignment, i, methods, edited))
+        save_threshold(folder, args, job, results[-1], sam.image, edited["SAM"])
     shown = results[job.thresholds.index(job.main_threshold)]
     seconds["total"] = time.perf_counter() - began
     save_report(folder, args, job, shown, results, seconds)

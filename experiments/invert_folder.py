@@ -30,6 +30,7 @@ import numpy as np
 import tqdm
 
 from samjax import api, inversion, losses
+from samjax.config import Precision, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images
 from samjax.latents import init_latents, latent_layers, parse_latent_names, single_layer_masks
@@ -45,8 +46,12 @@ class Arguments(networks.Flags):
     """Layers, separated by commas; none: all that the generator has of W+,F4,F6,F8,F10."""
     fit: Literal["stretch", "letterbox", "crop"] = "stretch"
     """How an image of another shape is brought to the category's size."""
+    preset: Preset | None = None
+    """How long and how fast: "reference" is the authors' course, "fast" takes a third of its steps; none: as below."""
     num_opt_steps: int | None = None
-    """Adam steps of each inversion; none: 501, or the category's where that has fewer."""
+    """Adam steps of each inversion; none: the preset's, or 501, or the category's where that has fewer."""
+    precision: Precision = "highest"
+    """Of the optimisation; see invert.py."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """Network of the loss; none: by category."""
     noise: Literal["random", "const", "none"] = "random"
@@ -54,7 +59,8 @@ class Arguments(networks.Flags):
     save_latents: bool = False
     """Also writes final/latents.npz."""
     batch_size: int | None = None
-    """Inversions in one program, over all devices; none: one a device on a CPU, eight elsewhere."""
+    """Inversions in one program, over all devices; none: one a device on a CPU, elsewhere as many as fit, at most
+    eight."""
     seed: int = 0
 
     distributed: bool = False
@@ -154,13 +160,15 @@ def main(args: Arguments) -> None:
     else:
         names = parse_latent_names(args.latent_names, generator.config)
     devices = jax.local_device_count()
-    size = args.batch_size or devices * (1 if jax.default_backend() == "cpu" else 8)
+    size = args.batch_size or devices * inversion.default_batch_size(generator.config)
     if size % devices:
         raise UserError(f"--batch_size {size} does not divide by the {devices} devices: give a multiple of {devices}")
+    preset = with_preset(category.config, args.preset)
     config = dataclasses.replace(
-        category.config,
+        preset,
         latent_names=names,
-        num_opt_steps=args.num_opt_steps or min(category.config.num_opt_steps, 501),
+        num_opt_steps=args.num_opt_steps or (preset.num_opt_steps if args.preset else min(preset.num_opt_steps, 501)),
+        precision=args.precision,
         lpips_type=args.lpips_type or category.config.lpips_type,
         noise=args.noise,
         loss_resolution=max(category.target_size),

@@ -141,7 +141,8 @@ def measure(
       seed: of the noise.
       on_progress: called between chunks of steps.
     """
-    config = dataclasses.replace(models.config, num_opt_steps=num_opt_steps or models.config.num_opt_steps)
+    config = _even_batches(models.config, len(models.layers))
+    config = dataclasses.replace(config, num_opt_steps=num_opt_steps or config.num_opt_steps)
     return invertibility.measured(
         models.generator.config, models.networks, np.asarray(target)[None], np.asarray(ws)[None], config,
         seed=seed, map_params=models.vgg, map_net="vgg", on_progress=on_progress,
@@ -170,10 +171,15 @@ def invert_layers(
     }
     start_at = init_latents(models.layers, jnp.asarray(repeat(ws)))
     items = Items(repeat(target), masks, start_at, np.full(count, seed))
-    result = inversion.run(
-        models.generator.config, models.networks, items, models.config, on_progress=on_progress
-    )  # fmt: skip
+    config = _even_batches(models.config, count)
+    result = inversion.run(models.generator.config, models.networks, items, config, on_progress=on_progress)
     return LayerInversions(result.latents, masks, render(models, result.latents, masks), result.terms)
+
+
+def _even_batches(config: InversionConfig, count: int) -> InversionConfig:
+    """As few batches as `config` asks for, none larger than `count` items need."""
+    batches = -(-count // config.batch_size)
+    return dataclasses.replace(config, batch_size=-(-count // max(batches, 1)) or 1)
 
 
 def render(models: Models, latents: Mapping[str, Any], masks: Mapping[str, Any]) -> np.ndarray:
@@ -181,7 +187,7 @@ def render(models: Models, latents: Mapping[str, Any], masks: Mapping[str, Any])
     noise = "none" if models.config.noise == "none" else "const"
     return inversion.render(
         models.generator.config, models.generator.params, latents, masks,
-        noise=noise, precision=models.config.precision, batch_size=models.config.batch_size,
+        noise=noise, precision=models.config.matmul_precision, batch_size=models.config.batch_size,
     )  # fmt: skip
 
 
@@ -278,8 +284,21 @@ def edit_latents(
     if isinstance(direction, str | Path):
         direction = editing.load_direction(direction, config.num_ws, config.w_dim)
     array = np.asarray(direction, np.float32).reshape(1, config.num_ws, config.w_dim)
+    return edit_all(models, latents, masks, array, strengths)[0]
+
+
+def edit_all(
+    models: Models,
+    latents: Mapping[str, Any],
+    masks: Mapping[str, Any],
+    directions: ArrayLike,
+    strengths: Sequence[float],
+) -> np.ndarray:
+    """Edits of one image (leading axis 1) along directions [D, num_ws, w_dim], in few passes; [D, S, R, R, 3]."""
+    config, count = models.generator.config, len(np.asarray(directions)) * len(strengths)
     noise: stylegan2.Noise = "none" if models.config.noise == "none" else "const"
+    at_once = 4 if jax.default_backend() == "cpu" else 16  # a CPU is not faster with more
     return editing.edit(
-        config, models.generator.params, latents, masks, array, strengths,
-        noise=noise, precision=models.config.precision, batch_size=min(4, len(strengths)),
-    )[0]  # fmt: skip
+        config, models.generator.params, latents, masks, directions, strengths,
+        noise=noise, precision=models.config.matmul_precision, batch_size=max(min(at_once, count), 1),
+    )  # fmt: skip

@@ -12,6 +12,7 @@ Segmenter = Literal["felzenszwalb", "slic", "ade20k", "bisenet", "mask_rcnn"]
 Invertibility = Literal["measured", "predicted"]
 Start = Literal["mean", "best", "encoder"]
 Preset = Literal["reference", "fast"]
+Precision = Literal["highest", "high", "default", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,10 @@ class InversionConfig:
       batch_size: items (targets with their masks) in one program.
       chunk_steps: steps between two looks of the host; None for 25, and 1 on a CPU, where XLA runs the inside of a
         longer loop on one thread.
-      precision: of matrix products and convolutions; "highest" is full float32 on every device.
+      precision: of matrix products and convolutions while latents are optimised. "highest" is full float32 on every
+        device; "high" and "default" are JAX's, which a CPU ignores (on NVIDIA's GPUs TF32; on TPUs three passes of
+        bfloat16, or one); "bfloat16" keeps kernels and activations of LPIPS and of the generator's four highest
+        resolutions in 16 bits, with sums in float32, and all else in full float32.
     """
 
     num_opt_steps: int = 1001
@@ -58,13 +62,23 @@ class InversionConfig:
     loss_resolution: int = 256
     batch_size: int = 1
     chunk_steps: int | None = None
-    precision: Literal["highest", "high", "default"] = "highest"
+    precision: Precision = "highest"
 
     def __post_init__(self) -> None:
         for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the optimisation runs in bfloat16 where `precision` says."""
+        return self.precision == "bfloat16"
+
+    @property
+    def matmul_precision(self) -> Literal["highest", "high", "default"]:
+        """Of float32 products, for `jax.default_matmul_precision`."""
+        return "highest" if self.precision == "bfloat16" else self.precision
 
 
 def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConfig:

@@ -113,10 +113,13 @@ def edit(
         raise ValueError(f"edit takes the latents of one image, not of {latents['W+'].shape[0]}")
     if directions.shape[1:] != (config.num_ws, config.w_dim):
         raise ValueError(f"directions of {directions.shape}, expected [D, {config.num_ws}, {config.w_dim}]")
+    pairs = [(d, s) for d in range(len(directions)) for s in range(len(strengths))]
+    if not pairs:
+        size = config.img_resolution
+        return np.zeros((len(directions), len(strengths), size, size, config.img_channels), np.float32)
     ws = jnp.asarray(latents["W+"])
     masks = {name: jnp.asarray(mask) for name, mask in masks.items()}
     features = record(config, params, dict(latents), masks, noise=noise, precision=precision)
-    pairs = [(d, s) for d in range(len(directions)) for s in range(len(strengths))]
     images = []
     for first in range(0, len(pairs), batch_size):
         chosen = [pairs[min(i, len(pairs) - 1)] for i in range(first, first + batch_size)]
@@ -125,8 +128,7 @@ def edit(
             config, params, ws, features, masks, directions[d], strengths[s], noise=noise, precision=precision
         )
         images.append(np.asarray(batch)[: len(pairs) - first])
-    size = config.img_resolution
-    flat = np.concatenate(images) if images else np.zeros((0, size, size, config.img_channels), np.float32)
+    flat = np.concatenate(images)
     return flat.reshape(len(directions), len(strengths), *flat.shape[1:])
 
 

@@ -109,7 +109,8 @@ class Structure:
     Attributes:
       generator: sizes of the generator.
       lpips_type: LPIPS network; None leaves the term out.
-      noise, loss_resolution, chunk_steps, precision: as in `InversionConfig`.
+      noise, loss_resolution, chunk_steps, half_precision: as in `InversionConfig`.
+      precision: its `matmul_precision`.
     """
 
     generator: StyleGAN2Config
@@ -118,6 +119,7 @@ class Structure:
     loss_resolution: int
     chunk_steps: int
     precision: str
+    half_precision: bool
 
 
 class Batch(NamedTuple):
@@ -190,8 +192,24 @@ def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
         config.noise,
         min(config.loss_resolution, generator.img_resolution),
         config.chunk_steps or (1 if jax.default_backend() == "cpu" else 25),
-        config.precision,
+        config.matmul_precision,
+        config.half_precision,
     )
+
+
+def default_batch_size(generator: StyleGAN2Config, most: int = 8) -> int:
+    """How many items to optimise at once where nobody says: one on a CPU, elsewhere what fits, at most `most`.
+
+    An item takes about six times the generator's activations (XLA's own count for 256 to 1024 px); twice that is
+    reckoned with, and with LPIPS.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:
+        return most
+    activations = 4 * sum(r * r * generator.channels(r) for r in generator.block_resolutions)
+    return max(1, min(most, int((memory - 2**30) / (12 * activations + 2**28))))
 
 
 def hyperparameters(config: InversionConfig) -> Hyperparameters:
@@ -213,13 +231,14 @@ def loss_terms(
 ) -> Terms:
     """The loss of latents, term by term; `keys` [N] are the noise's at this step."""
     image = synthesize_latents(
-        structure.generator, networks.generator, latents, batch.masks, noise=structure.noise, noise_keys=keys
-    ).image
+        structure.generator, networks.generator, latents, batch.masks, noise=structure.noise, noise_keys=keys,
+        half_precision=structure.half_precision,
+    ).image  # fmt: skip
     image = losses.comparable(image, structure.loss_resolution, *batch.targets.shape[1:3])
     mse = hyper.lambda_mse * losses.mean_squares(image, batch.targets)
     perceptual = jnp.zeros_like(mse)
     if structure.lpips_type is not None:
-        features = lpips.features(networks.lpips, image, structure.lpips_type)
+        features = lpips.features(networks.lpips, image, structure.lpips_type, half_precision=structure.half_precision)
         perceptual = hyper.lambda_lpips * lpips.distance(networks.lpips, features, batch.features)
     mvg = hyper.lambda_mvg * losses.prior_distance(networks.prior, latents["W+"])
     delta = hyper.lambda_delta * losses.delta(latents["W+"])
@@ -277,10 +296,23 @@ def run_chunk(
     return state._replace(finite=state.finite & jnp.all(jnp.stack(jax.tree.leaves(healthy)))), terms
 
 
-@functools.partial(jax.jit, static_argnames=("net", "precision"))
-def _features(params: Params, images: Array, net: lpips.Net, precision: str) -> tuple[Array, ...]:
+@functools.partial(jax.jit, static_argnames=("net", "precision", "half_precision"))
+def _features(
+    params: Params, images: Array, net: lpips.Net, precision: str, half_precision: bool = False
+) -> tuple[Array, ...]:
     with jax.default_matmul_precision(precision):
-        return lpips.features(params, images, net)
+        return lpips.features(params, images, net, half_precision=half_precision)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "size"))
+def freeze(structure: Structure, networks: Networks, size: tuple[int, int]) -> Networks:
+    """Computes once what every step would compute from frozen weights; `size` is height and width of the targets."""
+    half = structure.half_precision
+    generator = stylegan2.freeze(structure.generator, networks.generator, half_precision=half)
+    if structure.lpips_type is None:
+        return networks._replace(generator=generator)
+    perceptual = lpips.freeze(networks.lpips, *size, structure.lpips_type, half_precision=half)
+    return networks._replace(generator=generator, lpips=perceptual)
 
 
 def prepare(structure: Structure, networks: Networks, items: Items) -> Batch:
@@ -294,7 +326,8 @@ def prepare(structure: Structure, networks: Networks, items: Items) -> Batch:
     targets = to_device(items.targets)
     keys = jax.vmap(jax.random.key)(jnp.asarray(items.seeds, jnp.uint32))
     net = structure.lpips_type
-    features = () if net is None else _features(networks.lpips, targets, net, structure.precision)
+    half = structure.half_precision
+    features = () if net is None else _features(networks.lpips, targets, net, structure.precision, half)
     return Batch(targets, features, to_device(dict(items.masks)), to_device(dict(items.start)), keys)
 
 
@@ -361,7 +394,7 @@ def run(
     items = items._replace(seeds=np.asarray(items.seeds))
     _check(program, items)
     divide, replicate = _placement(devices, config.batch_size)
-    networks = replicate(networks)
+    networks = replicate(freeze(program, networks, items.targets.shape[1:3]))
     began = time.perf_counter()
     count, size, num_steps = items.targets.shape[0], config.batch_size, config.num_opt_steps
     groups = -(-count // size)
@@ -498,7 +531,7 @@ def start_latents(
         raise ValueError("sampling needs a random key")
     size = structure(generator, config).loss_resolution
     targets = jnp.asarray(targets, jnp.float32)
-    features = _features(networks.lpips, targets, config.lpips_type, config.precision)
+    features = _features(networks.lpips, targets, config.lpips_type, config.matmul_precision)
     best, chosen = np.full(count, np.inf), np.array(mean)
     for first in range(0, samples, batch_size):
         z = jax.random.normal(jax.random.fold_in(key, first), (batch_size, generator.z_dim))
@@ -506,8 +539,9 @@ def start_latents(
         psi = np.full((batch_size, 1, 1), truncation_psi, np.float32)
         psi[0] *= first > 0
         ws, distances = _candidates(
-            generator, networks, features, targets, z, jnp.asarray(psi), size, config.lpips_type, config.precision
-        )
+            generator, networks, features, targets, z, jnp.asarray(psi), size, config.lpips_type,
+            config.matmul_precision,
+        )  # fmt: skip
         distances = np.asarray(distances)[:, : samples - first]
         nearest = distances.argmin(axis=1)
         closer = distances.min(axis=1) < best

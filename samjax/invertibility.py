@@ -133,7 +133,7 @@ def measured(
     seeds = np.repeat(np.arange(seed, seed + count), each)
     result = inversion.run(generator, networks, Items(repeated, masks, start, seeds), config, on_progress=on_progress)
 
-    shared = {"precision": config.precision, "batch_size": config.batch_size}
+    shared = {"precision": config.matmul_precision, "batch_size": config.batch_size}
     noise = "none" if config.noise == "none" else "const"
     images = render(generator, networks.generator, result.latents, masks, noise=noise, **shared)
     params = networks.lpips if map_params is None else map_params

@@ -6,6 +6,7 @@ of the generator's 16, 32, 64 and 128 px block where a mask allows it. SAM (CVPR
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -113,6 +114,7 @@ def synthesize_latents(
     *,
     noise: Noise = "const",
     noise_keys: Array | None = None,
+    half_precision: bool = False,
 ) -> Synthesis:
     """The images of latents, in one forward pass.
 
@@ -123,25 +125,23 @@ def synthesize_latents(
       masks: soft masks in [0, 1].
       noise: "const", "none", or "random" with `noise_keys`.
       noise_keys: random keys [N], one an item, so that an item's noise does not depend on its neighbours.
+      half_precision: runs the four highest resolutions in bfloat16.
 
     Returns:
       `Synthesis`: images [N, R, R, 3] and the output of each block, offsets included.
     """
     ws, offsets, weights = latents["W+"], by_resolution(latents), by_resolution(masks)
+    synthesize = functools.partial(stylegan2.synthesize, config, params, noise=noise, half_precision=half_precision)
     if noise != "random":
-        return stylegan2.synthesize(config, params, ws, noise=noise, offsets=offsets, masks=weights)
+        return synthesize(ws, offsets=offsets, masks=weights)
     if noise_keys is None:
         raise ValueError("random noise needs noise_keys, one for each item")
     if ws.shape[0] == 1:
-        return stylegan2.synthesize(
-            config, params, ws, noise=noise, noise_key=noise_keys[0], offsets=offsets, masks=weights
-        )
+        return synthesize(ws, noise_key=noise_keys[0], offsets=offsets, masks=weights)
 
     def one(ws: Array, offsets: dict[int, Array], weights: dict[int, Array], key: Array) -> Synthesis:
         batch = jax.tree.map(lambda x: x[None], (ws, offsets, weights))
-        synthesis = stylegan2.synthesize(
-            config, params, batch[0], noise=noise, noise_key=key, offsets=batch[1], masks=batch[2]
-        )
+        synthesis = synthesize(batch[0], noise_key=key, offsets=batch[1], masks=batch[2])
         return jax.tree.map(lambda x: x[0], synthesis)
 
     return jax.vmap(one)(ws, offsets, weights, noise_keys)

@@ -48,6 +48,22 @@ def test_invert_gives_each_segment_its_layer(inverted):
     assert inverted.lpips > 0
 
 
+def test_all_directions_at_once_are_each_alone(models, inverted):
+    directions = np.random.default_rng(1).standard_normal((3, 10, 8)).astype(np.float32)
+    images = api.edit_all(models, inverted.latents, inverted.masks, directions, (-1.0, 2.0))
+    assert images.shape == (3, 2, SIZE, SIZE, 3)
+    for direction, pair in zip(directions, images, strict=True):
+        alone = api.edit_latents(models, inverted.latents, inverted.masks, direction, (-1.0, 2.0))
+        np.testing.assert_allclose(pair, alone, atol=1e-5 * np.ptp(alone))  # another batch, another order of sums
+    assert api.edit_all(models, inverted.latents, inverted.masks, directions[:0], (1.0,)).shape[:2] == (0, 1)
+
+
+@pytest.mark.parametrize(("size", "count", "expected"), [(8, 1, 1), (8, 11, 6), (16, 11, 11), (4, 8, 4), (1, 5, 1)])
+def test_batches_are_no_larger_than_needed(size, count, expected):
+    config = samjax.InversionConfig(batch_size=size)
+    assert api._even_batches(config, count).batch_size == expected
+
+
 def test_editing_with_strength_zero_is_the_reconstruction(models, inverted):
     # Of hard masks: where a mask is soft, the reference's edited pass mixes the offset in twice, by m squared.
     masks = {name: np.round(mask) for name, mask in inverted.masks.items()}

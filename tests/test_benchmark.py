@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -113,14 +114,14 @@ def test_worker(benchmark):
 
 def test_end_to_end(benchmark, tmp_path, capsys):
     args = benchmark.Arguments(
-        resolutions=(16,), batch_sizes=(1, 2), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"
+        resolutions=(16,), batch_sizes=(1,), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"
     )
     benchmark.main(args)
     printed = capsys.readouterr().out
-    assert "| 16 px | 2 |" in printed
+    assert "| 16 px | 1 |" in printed
     assert "| back to the latents |" in printed
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert [row["batch_size"] for row in rows] == [1, 2]
+    assert [row["batch_size"] for row in rows] == [1]
     assert rows[0]["parts"]["back to the latents"]["operations"] == rows[0]["operations"]["synthesis_backward"]
     for row in rows:
         assert row["failure"] is None
@@ -133,7 +134,7 @@ def test_a_batch_that_does_not_run(benchmark, monkeypatch):
     """Is told in its row, and leaves the others their figures."""
 
     def worker(module, name, *arguments):
-        if arguments[-1] == 7:
+        if arguments[1] == 7:
             raise benchmark.WorkerError("out of memory?")
         return real(__name__, "Sleep", 0.01)
 
@@ -160,3 +161,66 @@ def test_a_batch_that_does_not_run(benchmark, monkeypatch):
 def test_bad_arguments(benchmark, options, message):
     with pytest.raises(UserError, match=message):
         benchmark.main(benchmark.Arguments(**options))
+
+
+def program(path: Path, text: str) -> Path:
+    """A script that stands for one of the experiments."""
+    path.write_text("import json, pathlib, sys\n" + textwrap.dedent(text))
+    return path
+
+
+def test_quality(benchmark, monkeypatch, tmp_path):
+    """Differences are those of the same scenes, with their standard error; times the median of their ratios."""
+    import benchmark_quality
+
+    script = program(
+        tmp_path / "evaluate.py",
+        """
+        flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+        fast, half = flags["--preset"] == "fast", flags["--precision"] == "bfloat16"
+        rows = {f"{i}": {"SAM": {"lpips": 0.1 * i + 0.01 * i * half, "edit": 0.2 + 0.05 * fast, "psnr": 9,
+                                 "seconds": (10 + i) / (4 if fast else 1)}} for i in range(int(flags["--scenes"]))}
+        output = pathlib.Path(flags["--output_path"])
+        output.mkdir(parents=True)
+        (output / "table.json").write_text(json.dumps({"images": rows}))
+        """,
+    )
+    monkeypatch.setattr(benchmark_quality, "PROGRAM", script)
+    found = benchmark_quality.measure(3, tmp_path / "kept", "cpu")
+    assert list(benchmark_quality.table(found))[2:] == [
+        "| reference, highest | 0.100 | – | 0.200 | – | 1.00 |",
+        "| fast, highest | 0.100 | +0.0000 ± 0.0000 | 0.250 | +0.0500 ± 0.0000 | 0.25 |",
+        "| fast, bfloat16 | 0.110 | +0.0100 ± 0.0058 | 0.250 | +0.0500 ± 0.0000 | 0.25 |",
+    ]
+    assert len(benchmark_quality.measure(3, tmp_path / "on a card", "NVIDIA H100")) == 5
+    monkeypatch.setattr(benchmark_quality, "PROGRAM", program(tmp_path / "broken.py", "sys.exit(2)"))
+    with pytest.raises(UserError, match=r"--preset reference --precision highest .* ended with code 2"):
+        benchmark_quality.measure(3, tmp_path / "kept", "cpu")
+
+
+def test_demo(benchmark, monkeypatch, tmp_path):
+    import benchmark_demo
+
+    script = program(
+        tmp_path / "invert.py",
+        """
+        output = pathlib.Path(sys.argv[sys.argv.index("--output_path") + 1]) / "scene0"
+        output.mkdir(parents=True)
+        (output / "start.png").touch()
+        sweep = "--sweep_thresholds" in sys.argv
+        layers = (["W+", "F4"], ["W+", "F4"], ["F4", "F6"]) if sweep else (["W+", "F4"],)
+        thresholds = {str(i): {"segments": [{"layer": name} for name in names]} for i, names in enumerate(layers)}
+        import time
+        time.sleep(0.2)
+        metrics = {"seconds": {"sam": 6.0 if sweep else 4.0}, "thresholds": thresholds}
+        (output / "metrics.json").write_text(json.dumps(metrics))
+        """,
+    )
+    monkeypatch.setattr(benchmark_demo, "PROGRAM", script)
+    runs = benchmark_demo.measure()
+    assert runs["sweep, cached"][2:] == (6.0, 2, 3)
+    assert all(0 < run.first_picture < run.seconds for run in runs.values())
+    assert list(benchmark_demo.table(runs))[-1].endswith("| 6.0 | 3 | 2 | 1.5 |")
+    monkeypatch.setattr(benchmark_demo, "PROGRAM", program(tmp_path / "broken.py", "sys.exit('no such file')"))
+    with pytest.raises(UserError, match="ended with code 1: no such file"):
+        benchmark_demo.measure()

@@ -16,6 +16,7 @@ from samjax.config import InversionConfig
 from samjax.inversion import DivergedError, Items, Networks, take
 from samjax.io.weights import load_lpips
 from samjax.nets import stylegan2
+from samjax.nets.stylegan2 import StyleGAN2Config
 
 # --- the reference case ---
 
@@ -82,9 +83,11 @@ def test_reference_trajectory(golden, reference):
     # Adam's first updates are the signs of the gradient, so an entry whose gradient is rounding error moves either
     # way, and errors grow tenfold a step. The authors' own code, run again on another machine, is 1e-4 off at step 4,
     # 3e-3 at step 5, and then up to 2e-2 (MSE) and 4e-2 (prior). Here one of 7,168 entries of W+, with a gradient of
-    # 2e-5 of the spread, has another sign at step 1. So 1e-3 while that is meaningful, and then the course.
+    # 2e-5 of the spread, has another sign at step 1. So 1e-3 while that is meaningful, and then the course. Of seven
+    # starts that differ by 1e-7, which is rounding, step 4 is 2e-3 to 4e-3 off, step 5 from 1.6e-3 to 1.26e-2.
     np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-3, atol=1e-9)
-    np.testing.assert_allclose(found[3:5], expected[3:5], rtol=1e-2)
+    np.testing.assert_allclose(found[3], expected[3], rtol=6e-3)
+    np.testing.assert_allclose(found[4], expected[4], rtol=2e-2)
     np.testing.assert_allclose(found.sum(1), expected.sum(1), rtol=0.1)
     np.testing.assert_allclose(found[-1].sum(), expected[-1].sum(), rtol=0.03)
     moved = np.asarray(result.latents["W+"] - items.start["W+"])
@@ -343,3 +346,35 @@ def test_progress_bar_shows_terms(tiny, capsys):
     assert "cars: 100%" in shown
     assert "16/16" in shown
     assert "total=" in shown
+
+
+def test_half_precision_takes_nearly_the_same_course(tiny):
+    items, config = tiny_items(2), dataclasses.replace(QUICK, num_opt_steps=12)
+    full = inversion.run(TINY, tiny, items, config)
+    half = inversion.run(TINY, tiny, items, dataclasses.replace(config, precision="bfloat16"))
+    assert all(x.dtype == jnp.float32 for x in half.latents.values())
+    assert not np.array_equal(half.terms.total, full.terms.total)
+    # The loss before any step differs by bfloat16's rounding, that at the end by little of what was gained.
+    np.testing.assert_allclose(half.terms.total[0], full.terms.total[0], rtol=1e-2)
+    gained = full.terms.total[0] - full.terms.total[-1]
+    assert np.all(gained > 0)
+    assert np.all(np.abs(half.terms.total[-1] - full.terms.total[-1]) < 0.1 * gained)
+
+
+def test_what_fits_is_optimised_at_once(monkeypatch):
+    assert inversion.default_batch_size(TINY) == 1, "on a CPU"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    class Device:
+        def __init__(self, memory):
+            self.memory_stats = lambda: memory and {"bytes_limit": memory}
+
+    for memory, resolution, most, expected in (
+        (None, 1024, 8, 8),
+        (80e9, 1024, 16, 16),
+        (12e9, 256, 8, 8),
+        (12e9, 1024, 8, 3),  # a free notebook's card, three quarters of its 16 GB
+        (1e9, 1024, 8, 1),
+    ):
+        monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])
+        assert inversion.default_batch_size(StyleGAN2Config(resolution), most) == expected

@@ -336,3 +336,39 @@ def test_conversion_lists_all_faults(params):
     for part in ("missing features.3.bias", "unexpected features.9.weight", "features.0.bias is not of finite",
                  "lin1.model.1.weight has shape [1, 3, 1, 1] instead of [1, 192, 1, 1]"):  # fmt: skip
         assert part in str(error.value)
+
+
+# --- for many calls, and in half precision ---
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_frozen_is_the_same(params, net):
+    shape = SHAPES[net]
+    x, y = random_images(0, *shape), random_images(1, *shape)
+    frozen = lpips.freeze(params[net], *shape[1:3], net)
+    for ours, theirs in zip(evaluate(frozen, x, y, net), evaluate(params[net], x, y, net), strict=True):
+        assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()  # another order of sums
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_half_precision(params, net):
+    shape = SHAPES[net]
+    x, y = random_images(0, *shape), random_images(1, *shape)
+    half = lpips.freeze(params[net], *shape[1:3], net, half_precision=True)
+
+    @jax.jit
+    def pull(params: lpips.Params, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
+        features = partial(lpips.features, params, net=net, half_precision=True)
+        return jax.value_and_grad(lambda x: lpips.distance(params, features(x), features(y)).sum())(x)
+
+    rounded, rounded_gradient = pull(half, x, y)
+    values, _, gradient = evaluate(params[net], x, y, net)
+    value = float(np.sum(values))
+    # bfloat16 has eight bits: 2^-9 a rounding, in up to 13 layers; the gradient passes kinks on other sides.
+    assert 1e-6 < abs(rounded - value) / value < 1e-2
+    assert 0.95 < np.corrcoef(np.ravel(rounded_gradient), np.ravel(gradient))[0, 1] < 1 - 1e-6
+
+
+def test_freezing_an_unknown_network(params):
+    with pytest.raises(ValueError, match="vgg or alex"):
+        lpips.freeze(params["vgg"], 32, 32, "squeeze")  # type: ignore[arg-type]

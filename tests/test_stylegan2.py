@@ -165,6 +165,48 @@ def test_modulated_convolution_is_that_of_modulated_weights(channels, features, 
         assert np.abs(ours[i : i + 1] - nhwc(y)).max() < 1e-5 * np.abs(nhwc(y)).max()
 
 
+# --- for many calls ---
+
+
+FIVE = dataclasses.replace(TINY, img_resolution=64)  # blocks of 4 to 64 px, of which the first stays in float32
+
+
+@functools.partial(jax.jit, static_argnames="half_precision")
+def look_and_pull(params, ws, half_precision=False):
+    """The image, the features, and a gradient to the styles."""
+
+    def loss(ws):
+        image, features = synthesize(FIVE, params, ws, half_precision=half_precision)
+        return jnp.square(image).mean(), (image, features)
+
+    gradient, (image, features) = jax.grad(loss, has_aux=True)(ws)
+    return image, features, gradient
+
+
+@pytest.mark.parametrize("half_precision", [False, True])
+def test_frozen_parameters_make_the_same(half_precision):
+    ws, params = normal(0, 2, FIVE.num_ws, FIVE.w_dim), tiny_params(FIVE)
+    frozen = stylegan2.freeze(FIVE, params, half_precision=half_precision)
+    theirs = jax.tree.leaves(look_and_pull(params, ws, half_precision))
+    ours = jax.tree.leaves(look_and_pull(frozen, ws, half_precision))
+    for mine, its in zip(ours, theirs, strict=True):
+        # The same products: float32 sums in another order, which bfloat16 now and then rounds the other way.
+        assert np.abs(mine - its).max() < (2e-2 if half_precision else 1e-5) * np.ptp(its)
+
+
+def test_half_precision_is_near():
+    ws, params = normal(0, 2, FIVE.num_ws, FIVE.w_dim), tiny_params(FIVE)
+    image, features, gradient = look_and_pull(params, ws)
+    half_image, half_features, half_gradient = look_and_pull(params, ws, half_precision=True)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((half_image, half_features, half_gradient)))
+    off = lambda half, full: float(np.sqrt(np.mean(np.square(half - full))) / np.std(full))  # noqa: E731
+    assert off(half_features[4], features[4]) < 1e-6
+    # bfloat16 has eight bits: 2^-9 a rounding, some ten of them on the way, and again on the way back.
+    assert all(1e-4 < off(half_features[r], features[r]) < 2e-2 for r in (8, 16, 32, 64))
+    assert 1e-4 < off(half_image, image) < 2e-2
+    assert 1e-4 < off(half_gradient, gradient) < 5e-2
+
+
 # --- sizes ---
 
 

@@ -1,102 +1,272 @@
-"""The 3x3 convolution of stride 1, which is most of every step; on a CPU with half of the multiplications.
+"""3x3 convolutions, which are most of every step; on a CPU with fewer multiplications.
 
-A CPU convolves as fast as it multiplies, so fewer multiplications are less time. Winograd's minimal filtering F(4, 3)
-(Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) gives four outputs of three taps each
-with six multiplications instead of twelve. Here it runs over rows only, and each of the six is a 1x3 convolution over
+A CPU convolves as fast as it multiplies, so fewer multiplications are less time. Winograd's minimal filtering F(4, r)
+(Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) gives four outputs of r taps each with
+r + 3 multiplications instead of 4 r. Here it runs over rows only, and each of its products is a convolution over
 columns: in both directions it would save more multiplications, but lose float32's last digits, and the time again in
-passes over memory. Lavin and Gray evaluate at 0, 1, -1, 2 and -2; at 0, 5/8, -5/8, 5/4 and -5/4 the rounding is a third
-less, and close to that of the plain sum.
+passes over memory. The points of evaluation were chosen for their rounding, which is close to that of the plain sum.
+
+Whoever convolves with the same kernel many times has it transformed once, by `freeze` or `freeze_up`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_A, _B = 5 / 8, 5 / 4
-_A2, _B2 = _A * _A, _B * _B
-_NORM_A, _NORM_B = 2 * _A2 * (_A2 - _B2), 2 * _B2 * (_B2 - _A2)
-# A kernel's three rows as the values of a polynomial at the five points, and its highest coefficient.
-_VALUES = np.array(
-    [[1 / (_A2 * _B2), 0, 0]]
-    + [[1 / norm, p / norm, p * p / norm] for p, norm in ((_A, _NORM_A), (-_A, _NORM_A), (_B, _NORM_B), (-_B, _NORM_B))]
-    + [[0, 0, 1]],
-    np.float32,
-)
+_POINTS = {3: (0.0, 0.625, -0.625, 1.25, -1.25), 2: (0.5, -0.5, 1.25, -1.25)}  # by taps; and infinity
+
+
+class Kernel(NamedTuple):
+    """A kernel [3, 3, I, O] as the convolution uses it, and as its gradient does. It has no gradient itself.
+
+    Attributes:
+      there: [T, 3, I, O]; T is 3, or 6 for minimal filtering.
+      back: [T, 3, O, I].
+    """
+
+    there: Array
+    back: Array
+
+
+# --- stride 1 ---
 
 
 @jax.custom_vjp
-def conv3x3(x: Array, weight: Array) -> Array:
+def conv3x3(x: Array, kernel: Array | Kernel) -> Array:
     """Correlation with zero padding that keeps the size.
 
     Args:
       x: [N, H, W, I].
-      weight: [3, 3, I, O].
+      kernel: [3, 3, I, O], or what `freeze` makes of it.
 
     Returns:
       [N, H, W, O].
     """
-    return _convolve(x, weight, False)
+    if isinstance(kernel, Kernel):
+        return _correlate(x, kernel.there)
+    return _choose(_suits(x, kernel), _minimal, direct)(x, kernel)
 
 
-def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return conv3x3(x, weight), (x, weight)
+def _conv3x3_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
+    x, kernel = saved
+    if isinstance(kernel, Kernel):
+        return _correlate(y, kernel.back), jax.tree.map(jnp.zeros_like, kernel)
+    (to_kernel,) = jax.vjp(lambda w: direct(x, w), kernel)[1](y)
+    forms = (functools.partial(form, transposed=True) for form in (_minimal, direct))
+    return _choose(_suits(y, kernel, back=True), *forms)(y, kernel[::-1, ::-1]), to_kernel
 
 
-def _backward(saved: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    (to_weight,) = jax.vjp(lambda w: direct(x, w), weight)[1](y)
-    return _convolve(y, weight[::-1, ::-1], True), to_weight
+conv3x3.defvjp(lambda x, kernel: (conv3x3(x, kernel), (x, kernel)), _conv3x3_back)
 
 
-conv3x3.defvjp(_forward, _backward)
-
-
-def _convolve(x: Array, weight: Array, transposed: bool) -> Array:
-    """Of `x` [N, H, W, I] with `weight` [3, 3, I, O], or [3, 3, O, I] if `transposed`, in the form that is fastest."""
-    height, width = x.shape[1:3]
-    # Measured: with few channels passes over memory cost more than is saved, with few pixels those over the weights.
-    pixels = max(weight.shape[2:]) * (4 if transposed else 2)
-    suits = x.dtype == jnp.float32 and height % 4 == 0
-    if not (suits and min(weight.shape[2:]) >= 128 and height * width >= pixels):
-        return direct(x, weight, transposed)
-    minimal, default = (functools.partial(form, transposed=transposed) for form in (_minimal, direct))
-    return lax.platform_dependent(x, weight, cpu=minimal, default=default)
+def freeze(weight: Array, height: int, width: int) -> Kernel:
+    """Prepares a kernel [3, 3, I, O] for `conv3x3` on images of such a size, on JAX's default device."""
+    x = jax.ShapeDtypeStruct((1, height, width, 0), weight.dtype)
+    back = weight[::-1, ::-1].swapaxes(2, 3)
+    prepare = lambda w, minimal: _products(w) if minimal and _on_cpu() else w  # noqa: E731
+    return Kernel(prepare(weight, _suits(x, weight)), prepare(back, _suits(x, weight, back=True)))
 
 
 def direct(x: Array, weight: Array, transposed: bool = False) -> Array:
     """`conv3x3` by the platform's own convolution; `weight` is [3, 3, O, I] if `transposed`."""
-    numbers = ("NHWC", "HWOI" if transposed else "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=numbers)
+    return _convolve(x, weight, "SAME", transposed)
 
 
-def _minimal(x: Array, weight: Array, transposed: bool) -> Array:
+def _suits(x: Array | jax.ShapeDtypeStruct, weight: Array, back: bool = False) -> bool:
+    """Whether minimal filtering is the faster form on a CPU."""
+    height, width = x.shape[1:3]
+    # Measured: with few channels passes over memory cost more than is saved, with few pixels those over the weights.
+    pixels = max(weight.shape[2:]) * (4 if back else 2)
+    narrow = min(weight.shape[2:]) < 128
+    return x.dtype == jnp.float32 and height % 4 == 0 and not narrow and height * width >= pixels
+
+
+def _correlate(x: Array, form: Array) -> Array:
+    return direct(x, form) if form.shape[0] == 3 else _filter(x, form, False)
+
+
+def _minimal(x: Array, weight: Array, transposed: bool = False) -> Array:
     """`direct` for a height that four divides."""
-    n, height, width, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    r = [lax.slice_in_dim(padded, i, i + height - 3, 4, axis=1) for i in range(6)]  # row i of each group's six
-    even, odd = lambda c: r[4] - c * r[2], lambda c: r[3] - c * r[1]
-    rows = (
-        _A2 * _B2 * r[0] - (_A2 + _B2) * r[2] + r[4],
-        even(_B2) + _A * odd(_B2),
-        even(_B2) - _A * odd(_B2),
-        even(_A2) + _B * odd(_A2),
-        even(_A2) - _B * odd(_A2),
-        _A2 * _B2 * r[1] - (_A2 + _B2) * r[3] + r[5],
-    )
+    return _filter(x, _products(weight), transposed)
+
+
+def _filter(x: Array, products: Array, transposed: bool) -> Array:
+    run = lambda rows, kernel: _convolve(rows, kernel, "SAME", transposed)  # noqa: E731
+    return _four_rows(_pad_rows(x, 1, 1), 3, [functools.partial(run, kernel=kernel[None]) for kernel in products])
+
+
+# --- stride 2 ---
+
+
+@jax.custom_vjp
+def up_conv3x3(x: Array, kernel: Array | Kernel) -> Array:
+    """Transposed convolution of stride 2, with two rows and columns of its surroundings.
+
+    The zeros that a stride puts between pixels are never multiplied: each of the four output phases is an ordinary
+    convolution with its share of the kernel.
+
+    Args:
+      x: [N, H, W, I].
+      kernel: [3, 3, I, O], or what `freeze_up` makes of it.
+
+    Returns:
+      [N, 2H + 4, 2W + 4, O]: pixel (t + 1, u + 1) is y[t, u] = Σ x[i, j] kernel[t - 2i, u - 2j], so the first and
+      the last two rows and columns are those around the image, where only t = 2H and u = 2W are not zero.
+    """
+    if isinstance(kernel, Kernel):
+        return (_up_direct if kernel.there.shape[0] == 3 else _up_filter)(x, kernel.there)
+    return _choose(_suits_up(x, kernel), lambda x, w: _up_filter(x, _up_products(w)), _up_direct)(x, kernel)
+
+
+def _up_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
+    x, kernel = saved
+    if not isinstance(kernel, Kernel):
+        return jax.vjp(_up_direct, x, kernel)[1](y)
+    to_x = _down_direct if kernel.back.shape[0] == 3 else _down_filter
+    return to_x(y, kernel.back), jax.tree.map(jnp.zeros_like, kernel)
+
+
+up_conv3x3.defvjp(lambda x, kernel: (up_conv3x3(x, kernel), (x, kernel)), _up_back)
+
+
+def freeze_up(weight: Array, height: int, width: int) -> Kernel:
+    """Prepares a kernel [3, 3, I, O] for `up_conv3x3` from images of such a size, on JAX's default device."""
+    x = jax.ShapeDtypeStruct((1, height, width, 0), weight.dtype)
+    back = weight.swapaxes(2, 3)
+    if not (_suits_up(x, weight) and _on_cpu()):
+        return Kernel(weight, back)
+    return Kernel(_up_products(weight), _down_products(back))
+
+
+def _suits_up(x: Array | jax.ShapeDtypeStruct, weight: Array) -> bool:
+    height, width = x.shape[1:3]
+    pixels, narrow = 4 * max(weight.shape[2:]), min(weight.shape[2:]) < 64  # measured
+    return x.dtype == jnp.float32 and height % 4 == 0 and not narrow and height * width >= pixels
+
+
+def _up_columns(x: Array, kernel: Array, rows: tuple[int, int]) -> Array:
+    """Along columns all, along rows an ordinary convolution; `kernel` is [r, 3, I, O]."""
+    flipped = kernel[:, ::-1]
+    odd, even = _convolve(x, flipped[:, 1:2], (rows, (1, 1))), _convolve(x, flipped[:, 0::2], (rows, (1, 2)))
+    return interleave(odd, even, 2)
+
+
+def _up_direct(x: Array, weight: Array) -> Array:
+    # Row t sees kernel row 1 where t is odd, rows 0 and 2 where it is even.
+    flipped = weight[::-1]
+    return interleave(_up_columns(x, flipped[1:2], (1, 1)), _up_columns(x, flipped[0::2], (1, 2)), 1)
+
+
+def _up_products(weight: Array) -> Array:
+    """[6, 3, I, O]: the kernel row of odd rows, and what minimal filtering takes of those of even ones."""
+    return jnp.concatenate([weight[1:2], _products(weight[::-2])])
+
+
+def _up_filter(x: Array, products: Array) -> Array:
+    height = x.shape[1]
+    run = lambda rows, kernel: _up_columns(rows, kernel, (0, 0))  # noqa: E731
+    even = _four_rows(_pad_rows(x, 1, 4), 2, [functools.partial(run, kernel=kernel[None]) for kernel in products[1:]])
+    return interleave(_up_columns(x, products[:1], (1, 1)), even[:, : height + 2], 1)
+
+
+def _down_columns(y: Array, kernel: Array) -> Array:
+    """What `_up_columns` does along columns, there and back; `kernel` is [r, 3, O, I]."""
+    count = y.shape[2] // 2 - 2
+    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=2)  # of column 2 j + 1
+    even = lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=2)  # of columns 2 j and 2 j + 2
+    return _convolve(odd, kernel[:, 1:2], "VALID") + _convolve(even, kernel[:, 0::2], "VALID")
+
+
+def _down_direct(y: Array, weight: Array) -> Array:
+    """The gradient of `_up_direct`; `weight` is [3, 3, O, I]."""
+    count = y.shape[1] // 2 - 2
+    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=1)
+    even = lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=1)
+    return _down_columns(odd, weight[1:2]) + _down_columns(even, weight[0::2])
+
+
+def _down_products(weight: Array) -> Array:
+    return jnp.concatenate([weight[1:2], _products(weight[0::2])])
+
+
+def _down_filter(y: Array, products: Array) -> Array:
+    count = y.shape[1] // 2 - 2
+    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=1)
+    even = lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=1)
+    forms = [functools.partial(_down_columns, kernel=kernel[None]) for kernel in products[1:]]
+    return _down_columns(odd, products[:1]) + _four_rows(even, 2, forms)
+
+
+# --- both ---
+
+
+def interleave(first: Array, second: Array, axis: int) -> Array:
+    """Weaves two arrays of the same shape along `axis`."""
+    shape = list(first.shape)
+    shape[axis] *= 2
+    return jnp.stack([first, second], axis + 1).reshape(shape)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _choose(
+    suits: bool, minimal: Callable[[Array, Array], Array], default: Callable[[Array, Array], Array]
+) -> Callable[[Array, Array], Array]:
+    if not suits:
+        return default
+    return lambda x, weight: lax.platform_dependent(x, weight, cpu=minimal, default=default)
+
+
+def _convolve(x: Array, weight: Array, padding: str | Sequence[tuple[int, int]], transposed: bool = False) -> Array:
+    numbers = ("NHWC", "HWOI" if transposed else "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, weight, (1, 1), padding, dimension_numbers=numbers)
+
+
+def _pad_rows(x: Array, before: int, after: int) -> Array:
+    return jnp.pad(x, ((0, 0), (before, after), (0, 0), (0, 0)))
+
+
+@functools.cache
+def _transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of F(4, taps) by Toom and Cook: of rows [P, P], of kernels [P, taps], and of products to outputs [P, 4]."""
+    points = np.array(_POINTS[taps])
+    count = taps + 3
+    rows, kernels, outputs = np.zeros((count, count)), np.zeros((count, taps)), np.zeros((count, 4))
+    for i, point in enumerate(points):
+        others = np.delete(points, i)
+        rows[i, :-1] = np.poly(others)[::-1]
+        kernels[i] = point ** np.arange(taps) / np.prod(point - others)
+        outputs[i] = point ** np.arange(4)
+    rows[-1], kernels[-1, -1], outputs[-1, -1] = np.poly(points)[::-1], 1, 1
+    return tuple(x.astype(np.float32) for x in (rows, kernels, outputs))  # type: ignore[return-value]
+
+
+def _products(weight: Array) -> Array:
+    """A kernel's rows [taps, w, I, O] as minimal filtering multiplies with them: [taps + 3, w, I, O]."""
     # As a product: sums would be fused with the transposition that follows, and read the weights against the grain.
-    kernels = jnp.einsum("py,yxio->pxio", _VALUES, weight, precision="highest")
-    zero, a, minus_a, b, minus_b, infinity = (
-        direct(row, kernel[None], transposed) for row, kernel in zip(rows, kernels, strict=True)
-    )
-    y = (
-        zero + (a + minus_a) + (b + minus_b),
-        _A * (a - minus_a) + _B * (b - minus_b),
-        _A2 * (a + minus_a) + _B2 * (b + minus_b),
-        _A * _A2 * (a - minus_a) + _B * _B2 * (b - minus_b) + infinity,
-    )
-    return jnp.stack(y, axis=2).reshape(n, height, width, weight.shape[2 if transposed else 3])
+    return jnp.einsum("py,yxio->pxio", _transforms(weight.shape[0])[1], weight, precision="highest")
+
+
+def _four_rows(x: Array, taps: int, products: Sequence[Callable[[Array], Array]]) -> Array:
+    """Correlates rows with `taps` taps, four outputs at a time; of [N, 4 g + taps - 1 or more, W, I] the 4 g rows."""
+    rows, _, outputs = _transforms(taps)
+    groups = (x.shape[1] - taps + 1) // 4
+    parts = [lax.slice_in_dim(x, i, i + 4 * groups - 3, 4, axis=1) for i in range(taps + 3)]
+    made = [product(_combine(c, parts)) for c, product in zip(rows, products, strict=True)]
+    y = jnp.stack([_combine(c, made) for c in outputs.T], axis=2)
+    return y.reshape(y.shape[0], 4 * groups, *y.shape[3:])
+
+
+def _combine(coefficients: np.ndarray, arrays: Sequence[Array]) -> Array:
+    """Their sum with such coefficients."""
+    terms = [x if c == 1 else c * x for c, x in zip(coefficients, arrays, strict=True) if c]
+    return functools.reduce(jnp.add, terms)

@@ -9,7 +9,8 @@ closed over.
 
 Precision: the convolutions follow JAX's own setting. On the CPU they are full float32; on GPUs and TPUs the
 default is faster and coarser, and `with jax.default_matmul_precision("float32")` around the traced call gives full
-float32, which parity and reported figures need. All else is elementwise and float32 everywhere.
+float32, which parity and reported figures need. All else is elementwise and
+float32 everywhere. With `half_precision` kernels and activations are bfloat16, sums and features float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from samjax.nets import convolution
 from samjax.nets.blocks import imagenet, resize_bilinear
 from samjax.nets.convolution import conv3x3
 
@@ -83,24 +85,33 @@ class Conv(nn.Module):
     kernel: int = 3
     stride: int = 1
     padding: int = 1
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        x = x.astype(self.dtype)
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         weight = self.param("weight", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if (self.kernel, self.stride, self.padding) == (3, 1, 1):
-            y = conv3x3(x, weight)
+            frozen = self.get_variable("frozen", "kernel")
+            y = conv3x3(x, weight.astype(self.dtype) if frozen is None else frozen)
         else:
             pad = (self.padding, self.padding)
             y = lax.conv_general_dilated(
-                x, weight, (self.stride, self.stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                weight.astype(self.dtype),
+                (self.stride, self.stride),
+                (pad, pad),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return nn.relu(y + bias)
+        return nn.relu(y.astype(jnp.float32) + bias).astype(self.dtype)
 
 
 class VGG16(nn.Module):
     """VGG16's convolutions; the outputs of relu1_2, 2_2, 3_3, 4_3 and 5_3, at 1, 1/2, 1/4, 1/8 and 1/16 the size."""
+
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
@@ -109,7 +120,7 @@ class VGG16(nn.Module):
             if i > 1:
                 x = max_pool_2x2(x)
             for j, channels in enumerate(stage, 1):
-                x = Conv(channels, name=f"conv{i}_{j}")(x)
+                x = Conv(channels, dtype=self.dtype, name=f"conv{i}_{j}")(x)
             outputs.append(x)
         return tuple(outputs)
 
@@ -117,13 +128,15 @@ class VGG16(nn.Module):
 class AlexNet(nn.Module):
     """AlexNet's convolutions (the one-column form of torchvision); the outputs of its five ReLUs."""
 
+    dtype: Any = jnp.float32
+
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
         outputs = []
         for i, (channels, kernel, stride, padding, pooled) in enumerate(_ALEX_STAGES, 1):
             if pooled:
                 x = max_pool_3x3(x)
-            x = Conv(channels, kernel, stride, padding, name=f"conv{i}")(x)
+            x = Conv(channels, kernel, stride, padding, self.dtype, name=f"conv{i}")(x)
             outputs.append(x)
         return tuple(outputs)
 
@@ -144,16 +157,18 @@ class LPIPS(nn.Module):
     """Backbone and heads; use it through the functions below, which take `params`."""
 
     net: Net
+    half_precision: bool = False
 
     def setup(self) -> None:
-        self.backbone = VGG16() if self.net == "vgg" else AlexNet()
+        backbone = VGG16 if self.net == "vgg" else AlexNet
+        self.backbone = backbone(jnp.bfloat16 if self.half_precision else jnp.float32)
         self.heads = Heads()
 
     def __call__(self, x: Array, y: Array) -> tuple[Array, ...]:
         return self.heads(self.features(x), self.features(y))
 
     def features(self, images: Array) -> tuple[Array, ...]:
-        return tuple(normalize_channels(f) for f in self.backbone(imagenet(images)))
+        return tuple(normalize_channels(f.astype(jnp.float32)) for f in self.backbone(imagenet(images)))
 
 
 # --- functions ---
@@ -172,13 +187,34 @@ def init(net: Net, *, key: Array) -> Params:
     return LPIPS(net).init(key, image, image)["params"]
 
 
-def features(params: Params, images: Array, net: Net) -> tuple[Array, ...]:
+def freeze(params: Params, height: int, width: int, net: Net, *, half_precision: bool = False) -> Params:
+    """`params` with VGG16's kernels as convolutions use them, for many images of one size.
+
+    The features are the same, with the same `half_precision`; the kernels' gradient is zero. AlexNet has nothing
+    worth keeping.
+
+    Raises:
+      ValueError: an unknown `net`.
+    """
+    _check_net(net)
+    if net == "alex":
+        return params
+    frozen = {}
+    for name, conv in params["backbone"].items():
+        stage = int(name[len("conv")]) - 1
+        weight = conv["weight"].astype(jnp.bfloat16 if half_precision else jnp.float32)
+        frozen[name] = {"kernel": convolution.freeze(weight, height >> stage, width >> stage)}
+    return {**params, "frozen": {"backbone": frozen}}
+
+
+def features(params: Params, images: Array, net: Net, *, half_precision: bool = False) -> tuple[Array, ...]:
     """Channel-normalised activations of the five stages, for `distance` and `spatial_distance`.
 
     Args:
       params: as `samjax.io.weights.load_lpips` gives them.
       images: [N, H, W, 3] in [-1, 1], at least `MIN_SIZE[net]` pixels a side.
       net: "vgg" or "alex".
+      half_precision: runs the network in bfloat16.
 
     Returns:
       Five arrays [N, h, w, C], C as in `STAGE_CHANNELS[net]`; unit length along C, or zero.
@@ -190,7 +226,9 @@ def features(params: Params, images: Array, net: Net) -> tuple[Array, ...]:
     if images.ndim == 4 and min(images.shape[1:3]) < MIN_SIZE[net]:
         height, width = images.shape[1:3]
         raise ValueError(f"LPIPS with {net} needs at least {MIN_SIZE[net]} pixels a side, not {height} x {width}")
-    return LPIPS(net).apply({"params": params}, images, method="features")  # type: ignore[return-value]
+    trained = {name: part for name, part in params.items() if name != "frozen"}
+    variables = {"params": trained, "frozen": params.get("frozen", {})}
+    return LPIPS(net, half_precision).apply(variables, images, method="features")  # type: ignore[return-value]
 
 
 def distance(params: Params, fx: tuple[Array, ...], fy: tuple[Array, ...]) -> Array:

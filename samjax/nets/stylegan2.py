@@ -8,6 +8,9 @@ Two things serve inversion. Modulation scales activations before and after an or
 frozen weights need no gradient of their own and a batch needs no grouped convolution. And `Generator.synthesize`
 takes offsets, masks and features for the outputs of its blocks, so that forming an image from several latent
 layers, and editing it, are one pass each.
+
+Half precision, where asked for, is bfloat16 for the kernels and activations of the four highest resolutions, as
+NVIDIA's networks use float16; sums, styles, filters, RGB and what goes from block to block into an image stay float32.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from samjax.nets.convolution import conv3x3
+from samjax.nets import convolution
+from samjax.nets.convolution import Kernel, conv3x3, interleave
 
 Params = Mapping[str, Any]
 Noise = Literal["const", "none", "random"]
@@ -87,13 +91,6 @@ class Synthesis(NamedTuple):
 # --- operations ---
 
 
-def _interleave(even: Array, odd: Array, axis: int) -> Array:
-    """Weaves two arrays of the same shape along `axis`."""
-    shape = list(even.shape)
-    shape[axis] *= 2
-    return jnp.stack([even, odd], axis + 1).reshape(shape)
-
-
 def _pad(x: Array, before: int, after: int, axes: tuple[int, ...] = (1, 2)) -> Array:
     return jnp.pad(x, [(before, after) if axis in axes else (0, 0) for axis in range(x.ndim)])
 
@@ -122,25 +119,16 @@ def upsample(x: Array) -> Array:
         size = x.shape[axis]
         x = _pad(x, 1, 1, (axis,))
         before, here, after = (lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3))
-        x = _interleave(0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after, axis)
+        x = interleave(0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after, axis)
     return x
 
 
-def up_conv(x: Array, weight: Array) -> Array:
+def up_conv(x: Array, kernel: Array | Kernel) -> Array:
     """Transposed 3x3 convolution of stride 2, then the filter [1, 3, 3, 1]; [N, H, W, I] to [N, 2H, 2W, O].
 
-    The zeros that a stride puts between pixels are never multiplied: each of the four output phases is an
-    ordinary convolution with its share of the kernel. Fastest forward and backward to `x`; see `up_conv_folded`
-    where `weight` is trained.
+    Fastest forward and backward to `x`; see `up_conv_folded` where the kernel is trained.
     """
-    w = weight[::-1, ::-1]
-    run = lambda kernel, *pad: lax.conv_general_dilated(x, kernel, (1, 1), pad, dimension_numbers=_NHWC)  # noqa: E731
-    # Row t of the zero-stuffed result sees kernel row 1 where t is odd, rows 0 and 2 where it is even. Padding gives
-    # the rows from t = -1 to 2H + 2, the outer ones zero, so that the filter needs no padding of its own.
-    one, two = (1, 1), (1, 2)
-    odd = _interleave(run(w[1:2, 1:2], one, one), run(w[1:2, 0::2], one, two), 2)
-    even = _interleave(run(w[0::2, 1:2], two, one), run(w[0::2, 0::2], two, two), 2)
-    return _fir_but_last(_interleave(odd, even, 1))
+    return _fir_but_last(convolution.up_conv3x3(x, kernel).astype(jnp.float32))
 
 
 def up_conv_folded(x: Array, weight: Array) -> Array:
@@ -158,14 +146,32 @@ def up_conv_folded(x: Array, weight: Array) -> Array:
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features)
 
 
+class FrozenConv(NamedTuple):
+    """What `modulated_conv` need not compute at every call: the kernel's forms, and its energy [I, O]."""
+
+    kernel: Kernel
+    energy: Array
+
+
+def kernel_energy(weight: Array) -> Array:
+    """The sum of squares [I, O] of a kernel [h, w, I, O]."""
+    # Written out it is one pass over the weights; as a reduction it takes several times longer on a CPU.
+    return sum((jnp.square(tap) for row in weight for tap in row), start=jnp.zeros(()))
+
+
 def modulated_conv(
-    x: Array, weight: Array, styles: Array, convolve: Callable[[Array, Array], Array] = conv3x3
+    x: Array, weight: Array | FrozenConv, styles: Array, convolve: Callable[[Array, Any], Array] = conv3x3
 ) -> Array:
-    """Convolution whose input channels are scaled by `styles` [N, I], demodulated to unit gain (paper, eq. 1-3)."""
-    # A sum written out is one pass over the weights; as a reduction it takes several times longer on a CPU.
-    energy = sum((jnp.square(tap) for row in weight for tap in row), start=jnp.zeros(()))  # [I, O]
+    """Convolution whose input channels are scaled by `styles` [N, I], demodulated to unit gain (paper, eq. 1-3).
+
+    It runs in the precision of `x`; the result is float32.
+    """
+    frozen = isinstance(weight, FrozenConv)
+    kernel, energy = weight if frozen else (weight, kernel_energy(weight))
     gain = lax.rsqrt(jnp.square(styles) @ energy + 1e-8)  # [N, O]
-    return convolve(x * styles[:, None, None, :], weight) * gain[:, None, None, :]
+    scaled = (x.astype(jnp.float32) * styles[:, None, None, :]).astype(x.dtype)
+    kernel = jax.tree.map(lambda form: form.astype(x.dtype), kernel)
+    return convolve(scaled, kernel).astype(jnp.float32) * gain[:, None, None, :]
 
 
 def _activate(x: Array, bias: Array, clamp: float | None) -> Array:
@@ -217,7 +223,8 @@ class SynthesisLayer(nn.Module):
         size = (self.resolution, self.resolution)
         noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
         noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
-        x = modulated_conv(x, weight, styles, self.up_conv if self.up else conv3x3)
+        frozen = self.get_variable("frozen", "conv")
+        x = modulated_conv(x, weight if frozen is None else frozen, styles, self.up_conv if self.up else conv3x3)
         if noise == "const":
             x = x + (noise_const * noise_strength)[None, :, :, None]
         elif noise == "random":
@@ -239,11 +246,17 @@ class ToRGB(nn.Module):
         weight = self.param("weight", nn.initializers.normal(1.0), (1, 1, fan_in, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         # Few outputs: scaling the weights instead of x saves a pass over x.
-        rgb = jnp.einsum("nhwi,nio->nhwo", x, styles[:, :, None] * weight[0, 0])
+        kernel = (styles[:, :, None] * weight[0, 0]).astype(x.dtype)
+        rgb = jnp.einsum("nhwi,nio->nhwo", x, kernel, preferred_element_type=jnp.float32)
         return _clamp(rgb + bias, self.conv_clamp)
 
 
 # --- networks ---
+
+
+def _is_high(config: StyleGAN2Config, resolution: int) -> bool:
+    """Whether it is one of the four highest resolutions, which may run in half precision."""
+    return resolution in config.block_resolutions[-4:]
 
 
 class SynthesisBlock(nn.Module):
@@ -252,6 +265,7 @@ class SynthesisBlock(nn.Module):
     config: StyleGAN2Config
     resolution: int
     up_conv: Callable[[Array, Array], Array]
+    dtype: Any
 
     @nn.compact
     def __call__(
@@ -266,9 +280,9 @@ class SynthesisBlock(nn.Module):
             const = self.param("const", nn.initializers.normal(1.0), (4, 4, features))
             x = jnp.broadcast_to(const, (ws.shape[0], 4, 4, features))
         else:
-            x = layer(True, "conv0")(x, ws[:, 0], noise, keys[0])
+            x = layer(True, "conv0")(x.astype(self.dtype), ws[:, 0], noise, keys[0])
             ws = ws[:, 1:]
-        x = layer(False, "conv1")(x, ws[:, 0], noise, keys[1])
+        x = layer(False, "conv1")(x.astype(self.dtype), ws[:, 0], noise, keys[1]).astype(self.dtype)
         rgb = ToRGB(cfg.img_channels, cfg.conv_clamp, name="torgb")(x, ws[:, 1])
         return x, rgb if image is None else upsample(image) + rgb
 
@@ -276,6 +290,7 @@ class SynthesisBlock(nn.Module):
 class SynthesisNetwork(nn.Module):
     config: StyleGAN2Config
     up_conv: Callable[[Array, Array], Array] = up_conv
+    half_precision: bool = False
 
     @nn.compact
     def __call__(
@@ -294,11 +309,13 @@ class SynthesisNetwork(nn.Module):
         for resolution in self.config.block_resolutions:
             if max_resolution is not None and resolution > max_resolution:
                 break
-            block = SynthesisBlock(self.config, resolution, self.up_conv, name=f"b{resolution}")
+            dtype = jnp.bfloat16 if self.half_precision and _is_high(self.config, resolution) else jnp.float32
+            block = SynthesisBlock(self.config, resolution, self.up_conv, dtype, name=f"b{resolution}")
             block_ws = ws[:, first : first + (2 if x is None else 3)]
             first += 1 if x is None else 2
             key = None if noise_key is None else jax.random.fold_in(noise_key, resolution)
             x, image = block(x, image, block_ws, noise, key)
+            x = x.astype(jnp.float32)
             if resolution in offsets:
                 x = x + offsets[resolution] * masks.get(resolution, 1.0)
             if resolution in features:
@@ -335,14 +352,16 @@ class Generator(nn.Module):
     """The whole network; use it through `init`, `map_z` and `synthesize` below, which take `(config, params, …)`.
 
     `up_conv`: the form of the up-convolutions, `up_conv` (inference, inversion) or `up_conv_folded` (training).
+    `half_precision`: whether the four highest resolutions run in bfloat16.
     """
 
     config: StyleGAN2Config
     up_conv: Callable[[Array, Array], Array] = up_conv
+    half_precision: bool = False
 
     def setup(self) -> None:
         self.mapping = MappingNetwork(self.config)
-        self.synthesis = SynthesisNetwork(self.config, self.up_conv)
+        self.synthesis = SynthesisNetwork(self.config, self.up_conv, self.half_precision)
 
     def __call__(self, z: Array, c: Array | None = None) -> Array:
         return self.synthesize(self.map_z(z, c)).image
@@ -382,6 +401,29 @@ def init(config: StyleGAN2Config, *, key: Array) -> Params:
     return Generator(config).init(key, jnp.zeros((1, config.z_dim)), c)["params"]
 
 
+def freeze(config: StyleGAN2Config, params: Params, *, half_precision: bool = False) -> Params:
+    """`params` with what `synthesize` would otherwise compute from its kernels at every call; for many calls.
+
+    The images are the same, with the same `half_precision`; the kernels' gradient is zero.
+    """
+    blocks: dict[str, dict[str, dict[str, FrozenConv]]] = {}
+    for r in config.block_resolutions:
+        block = blocks[f"b{r}"] = {}
+        forms = {"conv0": (convolution.freeze_up, r // 2), "conv1": (convolution.freeze, r)}
+        for name, (form, size) in forms.items():
+            if name in params["synthesis"][f"b{r}"]:
+                weight = params["synthesis"][f"b{r}"][name]["weight"]
+                used = weight.astype(jnp.bfloat16) if half_precision and _is_high(config, r) else weight
+                block[name] = {"conv": FrozenConv(form(used, size, size), kernel_energy(weight))}
+    return {**params, "frozen": {"synthesis": blocks}}
+
+
+def _variables(params: Params) -> dict[str, Any]:
+    """Flax' collections: what was trained, and what `freeze` added."""
+    trained = {name: part for name, part in params.items() if name != "frozen"}
+    return {"params": trained, "frozen": params.get("frozen", {})}
+
+
 def map_z(
     config: StyleGAN2Config,
     params: Params,
@@ -408,7 +450,7 @@ def map_z(
       ValueError: a conditional generator without labels.
     """
     return Generator(config).apply(
-        {"params": params}, z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, method="map_z"
+        _variables(params), z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, method="map_z"
     )  # type: ignore[return-value]
 
 
@@ -422,6 +464,7 @@ def synthesize(
     offsets: Mapping[int, Array] | None = None,
     features: Mapping[int, Array] | None = None,
     masks: Mapping[int, Array] | None = None,
+    half_precision: bool = False,
 ) -> Synthesis:
     """Images of styles, with block outputs shifted or replaced on the way.
 
@@ -430,13 +473,14 @@ def synthesize(
 
     Args:
       config: sizes of the generator.
-      params: as `init` or a converted checkpoint gives them.
+      params: as `init`, a converted checkpoint or `freeze` gives them.
       ws: [N, num_ws, w_dim].
       noise: "const" for the stored noise, "none", or "random".
       noise_key: for random noise.
       offsets: {r: [N, r, r, channels(r)]}.
       features: the same.
       masks: {r: [N, r, r, 1]}.
+      half_precision: runs the four highest resolutions in bfloat16.
 
     Returns:
       `Synthesis`: the image [N, R, R, C], in [-1, 1] up to overshoot, and each block's output.
@@ -444,7 +488,7 @@ def synthesize(
     Raises:
       ValueError: random noise without a key, or an unknown kind of noise.
     """
-    return Generator(config).apply(
-        {"params": params}, ws, noise=noise, noise_key=noise_key, offsets=offsets, features=features, masks=masks,
+    return Generator(config, half_precision=half_precision).apply(
+        _variables(params), ws, noise=noise, noise_key=noise_key, offsets=offsets, features=features, masks=masks,
         method="synthesize",
     )  # type: ignore[return-value]  # fmt: skip
