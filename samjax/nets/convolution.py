@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 _POINTS = {3: (0.0, 0.625, -0.625, 1.25, -1.25), 2: (0.5, -0.5, 1.25, -1.25)}  # by taps; and infinity
+_PIXELS = {"there": 2, "back": 4, "up": 4}  # for each channel, from which on it saves time
 
 
 class Kernel(NamedTuple):
@@ -51,7 +52,7 @@ def conv3x3(x: Array, kernel: Array | Kernel) -> Array:
     """
     if isinstance(kernel, Kernel):
         return _correlate(x, kernel.there)
-    return _choose(_suits(x, kernel), _minimal, direct)(x, kernel)
+    return _choose(_suits(x, kernel, "there"), _minimal, direct)(x, kernel)
 
 
 def _conv3x3_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
@@ -60,7 +61,7 @@ def _conv3x3_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array,
         return _correlate(y, kernel.back), jax.tree.map(jnp.zeros_like, kernel)
     (to_kernel,) = jax.vjp(lambda w: direct(x, w), kernel)[1](y)
     forms = (functools.partial(form, transposed=True) for form in (_minimal, direct))
-    return _choose(_suits(y, kernel, back=True), *forms)(y, kernel[::-1, ::-1]), to_kernel
+    return _choose(_suits(y, kernel, "back"), *forms)(y, kernel[::-1, ::-1]), to_kernel
 
 
 conv3x3.defvjp(lambda x, kernel: (conv3x3(x, kernel), (x, kernel)), _conv3x3_back)
@@ -70,22 +71,13 @@ def freeze(weight: Array, height: int, width: int) -> Kernel:
     """Prepares a kernel [3, 3, I, O] for `conv3x3` on images of such a size, on JAX's default device."""
     x = jax.ShapeDtypeStruct((1, height, width, 0), weight.dtype)
     back = weight[::-1, ::-1].swapaxes(2, 3)
-    prepare = lambda w, minimal: _products(w) if minimal and _on_cpu() else w  # noqa: E731
-    return Kernel(prepare(weight, _suits(x, weight)), prepare(back, _suits(x, weight, back=True)))
+    prepare = lambda w, use: _products(w) if _on_cpu() and _suits(x, weight, use) else w  # noqa: E731
+    return Kernel(prepare(weight, "there"), prepare(back, "back"))
 
 
 def direct(x: Array, weight: Array, transposed: bool = False) -> Array:
     """`conv3x3` by the platform's own convolution; `weight` is [3, 3, O, I] if `transposed`."""
     return _convolve(x, weight, "SAME", transposed)
-
-
-def _suits(x: Array | jax.ShapeDtypeStruct, weight: Array, back: bool = False) -> bool:
-    """Whether minimal filtering is the faster form on a CPU."""
-    height, width = x.shape[1:3]
-    # Measured: with few channels passes over memory cost more than is saved, with few pixels those over the weights.
-    pixels = max(weight.shape[2:]) * (4 if back else 2)
-    narrow = min(weight.shape[2:]) < 128
-    return x.dtype == jnp.float32 and height % 4 == 0 and not narrow and height * width >= pixels
 
 
 def _correlate(x: Array, form: Array) -> Array:
@@ -107,7 +99,7 @@ def _filter(x: Array, products: Array, transposed: bool) -> Array:
 
 @jax.custom_vjp
 def up_conv3x3(x: Array, kernel: Array | Kernel) -> Array:
-    """Transposed convolution of stride 2, with two rows and columns of its surroundings.
+    """Transposed convolution of stride 2, with a margin of zeros for the filter that follows.
 
     The zeros that a stride puts between pixels are never multiplied: each of the four output phases is an ordinary
     convolution with its share of the kernel.
@@ -117,12 +109,12 @@ def up_conv3x3(x: Array, kernel: Array | Kernel) -> Array:
       kernel: [3, 3, I, O], or what `freeze_up` makes of it.
 
     Returns:
-      [N, 2H + 4, 2W + 4, O]: pixel (t + 1, u + 1) is y[t, u] = Σ x[i, j] kernel[t - 2i, u - 2j], so the first and
-      the last two rows and columns are those around the image, where only t = 2H and u = 2W are not zero.
+      [N, 2H + 4, 2W + 4, O]: pixel (t + 1, u + 1) is y[t, u] = Σ x[i, j] kernel[t - 2i, u - 2j], for t from -1 to
+      2H + 2 and u likewise; it is zero where t or u is -1 or beyond 2H or 2W.
     """
     if isinstance(kernel, Kernel):
         return (_up_direct if kernel.there.shape[0] == 3 else _up_filter)(x, kernel.there)
-    return _choose(_suits_up(x, kernel), lambda x, w: _up_filter(x, _up_products(w)), _up_direct)(x, kernel)
+    return _choose(_suits(x, kernel, "up"), lambda x, w: _up_filter(x, _up_products(w)), _up_direct)(x, kernel)
 
 
 def _up_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
@@ -140,15 +132,9 @@ def freeze_up(weight: Array, height: int, width: int) -> Kernel:
     """Prepares a kernel [3, 3, I, O] for `up_conv3x3` from images of such a size, on JAX's default device."""
     x = jax.ShapeDtypeStruct((1, height, width, 0), weight.dtype)
     back = weight.swapaxes(2, 3)
-    if not (_suits_up(x, weight) and _on_cpu()):
+    if not (_suits(x, weight, "up") and _on_cpu()):
         return Kernel(weight, back)
     return Kernel(_up_products(weight), _down_products(back))
-
-
-def _suits_up(x: Array | jax.ShapeDtypeStruct, weight: Array) -> bool:
-    height, width = x.shape[1:3]
-    pixels, narrow = 4 * max(weight.shape[2:]), min(weight.shape[2:]) < 64  # measured
-    return x.dtype == jnp.float32 and height % 4 == 0 and not narrow and height * width >= pixels
 
 
 def _up_columns(x: Array, kernel: Array, rows: tuple[int, int]) -> Array:
@@ -212,6 +198,16 @@ def interleave(first: Array, second: Array, axis: int) -> Array:
     shape = list(first.shape)
     shape[axis] *= 2
     return jnp.stack([first, second], axis + 1).reshape(shape)
+
+
+def _suits(x: Array | jax.ShapeDtypeStruct, weight: Array, use: str) -> bool:
+    """Whether minimal filtering is the faster form on a CPU.
+
+    Measured: with few channels passes over memory cost more than is saved, with few pixels those over the weights.
+    """
+    height, width = x.shape[1:3]
+    narrow, small = min(weight.shape[2:]) < 128, height * width < _PIXELS[use] * max(weight.shape[2:])
+    return x.dtype == jnp.float32 and height % 4 == 0 and not narrow and not small
 
 
 def _on_cpu() -> bool:
