@@ -24,6 +24,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")  # a stray float64 or i
 GOLDEN = Path(__file__).parent / "golden"
 
 
+LONG = (
+    "test_inversion", "test_benchmark", "test_train_encoder", "test_train_invertibility", "test_training",
+    "test_invert", "test_invert_folder", "test_lpips", "test_compare_pytorch", "test_invertibility", "test_mask_rcnn", "test_evaluate",
+    "test_stylegan2", "test_convolution", "test_demo", "test_api", "test_e4e",
+)  # fmt: skip
+"""The files that take longest, longest first: whichever worker is free gets the next, and none is left alone at the
+end with one of these."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What one worker of pytest-xdist has compiled, another need not; for this run only."""
