@@ -137,7 +137,7 @@ def load_direction(path: str | Path, num_ws: int, w_dim: int) -> np.ndarray:
 
     Args:
       path: .npy, or .npz or .safetensors with one array (or one called "direction"), of shape (1, num_ws, w_dim),
-        (num_ws, w_dim) or (w_dim,); the last is the same for every style.
+        (num_ws, w_dim), (1, w_dim) or (w_dim,); the last two are the same for every style.
       num_ws: styles that the generator takes.
       w_dim: entries of each.
 
@@ -151,14 +151,22 @@ def load_direction(path: str | Path, num_ws: int, w_dim: int) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a direction as .npy, .npz or .safetensors")
-    array = _read_array(path)
+    return check_direction(_read_array(path), num_ws, w_dim, path)
+
+
+def check_direction(array: np.ndarray, num_ws: int, w_dim: int, path: Path) -> np.ndarray:
+    """A direction [num_ws, w_dim] from the array of a file; the same for every style where it says nothing of them.
+
+    Raises:
+      UserError: not numbers, another shape, or values that are not finite.
+    """
     shape = array.shape
     if array.dtype.kind not in "fiu":
         raise UserError(f"{path}: holds {array.dtype} and not numbers; a direction is an array of floats")
-    if shape not in ((1, num_ws, w_dim), (num_ws, w_dim), (w_dim,)):
+    if shape not in ((1, num_ws, w_dim), (num_ws, w_dim), (1, w_dim), (w_dim,)):
         raise UserError(
             f"{path}: shape {shape} does not fit this generator; a direction has shape (1, {num_ws}, {w_dim}), "
-            f"({num_ws}, {w_dim}) or ({w_dim},)"
+            f"({num_ws}, {w_dim}), (1, {w_dim}) or ({w_dim},)"
         )
     direction = np.broadcast_to(array.astype(np.float32), (1, num_ws, w_dim))[0]
     if not np.isfinite(direction).all():

@@ -26,8 +26,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 LONG = (
     "test_inversion", "test_benchmark", "test_train_encoder", "test_train_invertibility", "test_training",
-    "test_invert", "test_invert_folder", "test_lpips", "test_compare_pytorch", "test_invertibility", "test_mask_rcnn", "test_evaluate",
-    "test_stylegan2", "test_convolution", "test_demo", "test_api", "test_e4e",
+    "test_invert", "test_invert_folder", "test_lpips", "test_compare_pytorch", "test_invertibility",
+    "test_mask_rcnn", "test_evaluate", "test_stylegan2", "test_convolution", "test_demo", "test_api", "test_e4e",
 )  # fmt: skip
 """The files that take longest, longest first: whichever worker is free gets the next, and none is left alone at the
 end with one of these."""
