@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 
-from samjax import api, demo, editing, inversion, losses, maps
+from ckpt_convert import directions
+from samjax import api, demo, inversion, losses, maps
 from samjax.config import Category, InversionConfig, Precision, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images, report
@@ -89,7 +90,8 @@ class Arguments(networks.Flags):
     generate_edits: bool | None = None
     """Applies the directions of edits_folder; none: where there is a folder."""
     edits_folder: Path | None = None
-    """Directions as .npy, .npz or .safetensors; none: those of the category."""
+    """Directions as .npy, .npz, .safetensors or .pt (InterFaceGAN, and the first eight of GANSpace); none: those of
+    the category."""
     edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
 
     save_final_latent: bool = True
@@ -212,14 +214,19 @@ def load_directions(args: Arguments, nets: networks.Networks) -> dict[str, np.nd
     if args.generate_edits is False or (folder is None and not args.generate_edits):
         return {}
     if folder is None:
-        raise UserError("--generate_edits needs --edits_folder, a folder of .npy, .npz or .safetensors directions")
+        raise UserError(
+            "--generate_edits needs --edits_folder, a folder of directions (.npy, .npz, .safetensors or .pt)"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give --edits_folder a folder of directions")
-    found = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".npz", ".safetensors"))
+    found = sorted(p for p in folder.iterdir() if p.suffix in directions.SUFFIXES)
     if not found:
-        raise UserError(f"{folder} holds no directions (.npy, .npz or .safetensors)")
+        raise UserError(f"{folder} holds no directions (.npy, .npz, .safetensors or .pt)")
     config = nets.generator.config
-    return {path.stem: editing.load_direction(path, config.num_ws, config.w_dim) for path in found}
+    taken: dict[str, np.ndarray] = {}
+    for path in found:
+        taken |= directions.read(path, config.num_ws, config.w_dim)
+    return taken
 
 
 def check_settings(folder: Path, args: Arguments, job: Job) -> None:

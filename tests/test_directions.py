@@ -1,0 +1,197 @@
+"""Edit directions: found in a generator, and read from files as people have them."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, tiny_generator
+
+from ckpt_convert import directions as files
+from samjax import demo, directions
+from samjax.demo import scenes
+from samjax.errors import UserError
+from samjax.nets import stylegan2
+
+
+@pytest.fixture(scope="module")
+def styles():
+    return directions.sample_styles(TINY, tiny_generator(), key=jax.random.key(0), samples=500, batch_size=200)
+
+
+# --- found ---
+
+
+def test_styles_are_those_of_the_mapping(styles):
+    assert styles.ws.shape == (500, TINY.w_dim)
+    z = jax.random.normal(jax.random.fold_in(jax.random.key(0), 200), (200, TINY.z_dim))
+    mapped = stylegan2.map_z(TINY, tiny_generator(), z)[:, 0]
+    np.testing.assert_allclose(styles.ws[200:400], mapped, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(styles.mean, styles.ws.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(styles.covariance, np.cov(styles.ws, rowvar=False), rtol=1e-4)
+
+
+def test_a_unit_of_strength_is_a_standard_deviation(styles):
+    for found in (directions.ganspace(styles), directions.sefa(TINY, tiny_generator(), styles)):
+        assert found.vectors.shape == (8, TINY.w_dim)
+        for vector in found.vectors.astype(np.float64):
+            length = np.linalg.norm(vector)
+            assert length == pytest.approx(np.std(styles.ws @ vector / length, ddof=1), rel=1e-4)
+        assert np.all(np.diff(found.values) <= 0)
+
+
+def test_ganspace_is_principal_component_analysis(styles):
+    found = directions.ganspace(styles, count=3)
+    _, deviations, components = np.linalg.svd(styles.ws - styles.ws.mean(0), full_matrices=False)
+    for vector, component, deviation in zip(found.vectors, components, deviations, strict=False):
+        expected = component * deviation / np.sqrt(len(styles.ws) - 1)
+        assert min(np.abs(vector - expected).max(), np.abs(vector + expected).max()) < 1e-3 * np.abs(expected).max()
+
+
+def test_sefa_moves_the_styles_of_its_layers_most(styles):
+    """No direction of unit length changes these layers' normalised modulation more than the first."""
+    params = tiny_generator()
+    found = directions.sefa(TINY, params, styles, layers=(2, 4), count=TINY.w_dim)
+    names = (("b8", "conv1"), ("b16", "conv0"))
+    a = np.concatenate([np.asarray(params["synthesis"][b][layer]["affine"]["weight"]) for b, layer in names], axis=1)
+    a = a / np.linalg.norm(a, axis=0)
+    units = found.vectors / np.linalg.norm(found.vectors, axis=1, keepdims=True)
+    moved = np.linalg.norm(units @ a, axis=1)
+    np.testing.assert_allclose(moved**2, found.values, rtol=1e-4)
+    others = np.random.default_rng(0).standard_normal((200, TINY.w_dim))
+    assert np.all(np.linalg.norm(others @ a, axis=1) / np.linalg.norm(others, axis=1) < moved[0])
+
+
+def test_every_style_has_its_layer():
+    weights = directions.affine_weights(TINY, tiny_generator())
+    assert len(weights) == TINY.num_ws
+    assert {weight.shape for weight in weights} == {(TINY.w_dim, 8)}
+
+
+@pytest.mark.parametrize("layers", [(3, 3), (-1, 2), (0, 9), (5, 2)])
+def test_ranges_that_are_none(layers):
+    with pytest.raises(ValueError, match="this generator has 8"):
+        directions.check_layers(TINY, layers)
+
+
+def test_spread_over_a_range():
+    direction = directions.spread_over(np.arange(8), TINY, (2, 5))
+    assert direction.shape == (8, 8)
+    assert not direction[:2].any()
+    assert not direction[5:].any()
+    np.testing.assert_array_equal(direction[3], np.arange(8))
+    assert directions.spread_over(np.ones(8), TINY).all()
+
+
+def test_scores_and_classes_give_back_their_normal(styles):
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(TINY.w_dim)
+    scores = styles.ws @ normal + 7
+    whitened = np.linalg.cholesky(styles.covariance)
+    angle = lambda a, b: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))  # noqa: E731
+    fit = directions.regression(styles.ws, scores, styles, ridge=1e-6)
+    assert angle(fit.vectors[0] @ whitened, normal @ whitened) > 0.999
+    assert fit.values[0] == pytest.approx(1, abs=1e-4)
+    classes = (scores > np.median(scores)).astype(int)
+    split = directions.boundary(styles.ws, classes, styles)
+    assert angle(split.vectors[0] @ whitened, normal @ whitened) > 0.97
+    assert split.values[0] > 0.97
+    against = directions.boundary(styles.ws, 1 - classes, styles)
+    np.testing.assert_allclose(against.vectors, -split.vectors, rtol=1e-3, atol=1e-4 * np.abs(split.vectors).max())
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [([1.0, 1.0, 1.0], "all scores are the same"), ([1.0, 2.0], "do not fit"), ([1.0, np.nan, 2.0], "not finite")],
+)
+def test_scores_without_a_direction(styles, scores, message):
+    with pytest.raises(ValueError, match=message):
+        directions.regression(styles.ws[:3], scores, styles)
+
+
+def test_classes_are_two(styles):
+    with pytest.raises(ValueError, match="0 or 1"):
+        directions.boundary(styles.ws[:3], [0, 1, 2], styles)
+
+
+# --- read ---
+
+
+def saved(value, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+ONE, ALL = np.arange(8, dtype=np.float32), np.arange(64, dtype=np.float32).reshape(1, 8, 8)
+PCA = {"mean": torch.zeros(1, 8), "comp": torch.ones(80, 1, 8), "std": torch.arange(80.0, 0, -1)}
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_torch_files(tmp_path, options):
+    (tmp_path / "age.pt").write_bytes(saved(torch.tensor(ONE)[None], **options))
+    (tmp_path / "pose.pt").write_bytes(saved(torch.tensor(ALL), **options))
+    (tmp_path / "ffhq_pca.pt").write_bytes(saved(PCA, **options))
+    read = lambda name: files.read(tmp_path / name, 8, 8)  # noqa: E731
+    np.testing.assert_array_equal(read("age.pt")["age"], np.broadcast_to(ONE, (8, 8)))
+    np.testing.assert_array_equal(read("pose.pt")["pose"], ALL[0])
+    components = read("ffhq_pca.pt")
+    assert list(components) == [f"ffhq_pca_{i:02d}" for i in range(8)]
+    np.testing.assert_array_equal(components["ffhq_pca_02"], np.full((8, 8), 78.0))
+    assert len(files.read(tmp_path / "ffhq_pca.pt", 8, 8, most=80)) == 80
+
+
+def test_numpy_files(tmp_path):
+    np.save(tmp_path / "smile.npy", ONE[None])  # InterFaceGAN's boundaries
+    np.save(tmp_path / "car.npy", ALL)  # SAM's
+    np.savez(tmp_path / "ours.npz", direction=ALL[0])
+    np.savez(
+        tmp_path / "dump.npz", lat_comp=np.ones((3, 1, 8)), lat_stdev=np.array([3.0, 2.0, 1.0]), act_mean=np.ones(2)
+    )
+    read = lambda name: files.read(tmp_path / name, 8, 8)  # noqa: E731
+    np.testing.assert_array_equal(read("smile.npy")["smile"], np.broadcast_to(ONE, (8, 8)))
+    np.testing.assert_array_equal(read("car.npy")["car"], ALL[0])
+    np.testing.assert_array_equal(read("ours.npz")["ours"], ALL[0])
+    np.testing.assert_array_equal(read("dump.npz")["dump_01"], np.full((8, 8), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.pt", None, "no such file"),
+        ("text.pt", b"hello", "not a file of torch.save"),
+        ("list.pt", saved([1, 2]), "holds a list, not a tensor"),
+        ("other.pt", saved({"weight": torch.ones(3)}), "holds weight, neither"),
+        ("wide.pt", saved(torch.ones(1, 512)), "does not fit this generator"),
+        ("pca.pt", saved({**PCA, "comp": torch.ones(80, 1, 512)}), "styles have 8 entries"),
+        ("nan.pt", saved(torch.full((8,), float("nan"))), "not finite"),
+        ("cut.pt", saved(torch.ones(8))[:200], "zip archive"),
+        ("damaged.npz", b"PK\\3\\4", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_directions(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        files.read(tmp_path / name, 8, 8)
+    assert name in str(caught.value)
+
+
+# --- the demo ---
+
+
+def test_principal_components_of_the_demo_are_its_factors():
+    """Its z are the factors that its scenes are drawn from, and nearly linear in W: 98% of each factor's variance or
+    more. So what a direction does to them can be read off."""
+    generator = demo.load_generator()
+    config, params, key = generator.config, generator.params, jax.random.key(11)
+    styles = directions.sample_styles(config, params, key=key, samples=4000)
+    z = jax.random.normal(jax.random.fold_in(key, 0), (4000, config.z_dim))
+    factors = np.asarray(scenes.normalize_factors(z))
+    slopes, residual, *_ = np.linalg.lstsq(styles.ws - styles.mean, factors - factors.mean(0), rcond=None)
+    assert np.all(residual / np.sum((factors - factors.mean(0)) ** 2, axis=0) < 0.03)
+    effects = directions.ganspace(styles).vectors @ slopes  # [8, factors]
+    strongest = {scenes.FACTORS[np.abs(effect).argmax()]: float(np.abs(effect).max()) for effect in effects}
+    assert strongest["scale"] > 0.5, "a standard deviation changes the size by more than half of one of its own"
+    assert max(strongest.get(colour, 0) for colour in ("red", "green", "blue")) > 0.5
