@@ -133,7 +133,7 @@ def test_damaged_and_foreign_files_are_told_in_one_line(tmp_path, suffix):
             editing.load_direction(path, 6, 8)
         assert "\n" not in str(caught.value)
     save(path, np.ones((6, 7), np.float32))
-    with pytest.raises(UserError, match=r"\(6, 7\) does not fit .* \(1, 6, 8\), \(6, 8\) or \(8,\)"):
+    with pytest.raises(UserError, match=r"\(6, 7\) does not fit .* \(1, 6, 8\), \(6, 8\), \(1, 8\) or \(8,\)"):
         editing.load_direction(path, 6, 8)
     save(path, np.array([1, 2, np.nan, 4, 5, 6, 7, 8], np.float32))
     with pytest.raises(UserError, match="not finite"):
