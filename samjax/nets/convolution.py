@@ -162,19 +162,22 @@ def _up_filter(x: Array, products: Array) -> Array:
     return interleave(_up_columns(x, products[:1], (1, 1)), even[:, : height + 2], 1)
 
 
+def _parities(y: Array, axis: int) -> tuple[Array, Array]:
+    """Of what `up_conv3x3` gives, t = 2 i + 1 for each pixel i, and t = 2 i for those and one more."""
+    count = y.shape[axis] // 2 - 2
+    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=axis)
+    return odd, lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=axis)
+
+
 def _down_columns(y: Array, kernel: Array) -> Array:
-    """What `_up_columns` does along columns, there and back; `kernel` is [r, 3, O, I]."""
-    count = y.shape[2] // 2 - 2
-    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=2)  # of column 2 j + 1
-    even = lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=2)  # of columns 2 j and 2 j + 2
+    """The gradient of `_up_columns`, whose rows are not padded here; `kernel` is [r, 3, O, I]."""
+    odd, even = _parities(y, 2)
     return _convolve(odd, kernel[:, 1:2], "VALID") + _convolve(even, kernel[:, 0::2], "VALID")
 
 
 def _down_direct(y: Array, weight: Array) -> Array:
     """The gradient of `_up_direct`; `weight` is [3, 3, O, I]."""
-    count = y.shape[1] // 2 - 2
-    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=1)
-    even = lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=1)
+    odd, even = _parities(y, 1)
     return _down_columns(odd, weight[1:2]) + _down_columns(even, weight[0::2])
 
 
@@ -183,9 +186,7 @@ def _down_products(weight: Array) -> Array:
 
 
 def _down_filter(y: Array, products: Array) -> Array:
-    count = y.shape[1] // 2 - 2
-    odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=1)
-    even = lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=1)
+    odd, even = _parities(y, 1)
     forms = [functools.partial(_down_columns, kernel=kernel[None]) for kernel in products[1:]]
     return _down_columns(odd, products[:1]) + _four_rows(even, 2, forms)
 
