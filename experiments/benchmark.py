@@ -433,7 +433,7 @@ def main(args: Arguments) -> None:
     try:
         with Worker("benchmark", "Convolution") as convolution:
             device = convolution.device
-            how = {"highest": "float32", "bfloat16": "bfloat16"}.get(args.precision, f"precision {args.precision}")
+            how = "float32" if args.precision == "highest" else f"precision {args.precision}"
             print(f"{device}, {threads()} CPU threads, {how}, median of {args.rounds} rounds of {args.steps} steps")
             for resolution in args.resolutions:
                 rows += measure(args, resolution, convolution)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from samjax import demo, directions
+from samjax import demo, directions, inversion
 from samjax.directions import Directions, Styles
 from samjax.errors import UserError
 from samjax.io import checkpoints, files, images
@@ -107,14 +107,15 @@ def read_scores(path: Path) -> tuple[list[int], np.ndarray]:
     return seeds, scores
 
 
-def find(args: Arguments, method: Method, generator: LoadedGenerator, styles: Styles) -> Directions:
+def find(
+    args: Arguments, method: Method, layers: tuple[int, int] | None, generator: LoadedGenerator, styles: Styles
+) -> Directions:
     """The directions that the arguments ask for.
 
     Raises:
       UserError: scores that are missing or that give no direction.
     """
     config, params = generator.config, generator.params
-    layers = parse_layers(args.layers, config.num_ws)
     if method == "ganspace":
         return directions.ganspace(styles, count=args.count)
     if method == "sefa":
@@ -138,14 +139,10 @@ def styles_of(generator: LoadedGenerator, seeds: list[int], psi: float = 1.0) ->
 
 
 def draw(generator: LoadedGenerator, ws: np.ndarray) -> np.ndarray:
-    """Images [N, R, R, 3] in [-1, 1] of ws [N, num_ws, w_dim], four at a time."""
-    config, params, _ = generator
-    made, keys = [], jnp.zeros(4, jnp.uint32)
-    for first in range(0, len(ws), 4):
-        rows = np.minimum(np.arange(first, first + 4), len(ws) - 1)
-        batch = generate.draw(config, params, jnp.asarray(ws[rows]), keys, "const")
-        made.append(np.asarray(batch)[: len(ws) - first])
-    return np.clip(np.concatenate(made), -1, 1)
+    """Images [N, R, R, 3] in [-1, 1] of ws [N, num_ws, w_dim]."""
+    return np.clip(
+        inversion.render(generator.config, generator.params, {"W+": jnp.asarray(ws)}, {}, batch_size=4), -1, 1
+    )
 
 
 def typical_strength(
@@ -199,7 +196,7 @@ def main(args: Arguments) -> None:
     layers = parse_layers(args.layers, config.num_ws)
     folder = files.output_folder(args.output_path)
     styles = directions.sample_styles(config, generator.params, key=jax.random.key(args.seed), samples=args.samples)
-    found = find(args, method, generator, styles)
+    found = find(args, method, layers, generator, styles)
     name = args.name or (args.scores.stem if args.scores else method)
     params = load_lpips("alex")
     ws = styles_of(generator, list(range(args.images)), args.truncation_psi)

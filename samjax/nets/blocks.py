@@ -109,3 +109,9 @@ class Bottleneck(nn.Module):
         if self.project:
             x = norm(name="downsample_bn")(conv(4 * self.features, 1, self.stride, name="downsample_conv")(x))
         return nn.relu(x + y)
+
+
+def flax_variables(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Flax' collections of a network's parameters: what was trained, and under "frozen" what its `freeze` added."""
+    trained = {name: part for name, part in params.items() if name != "frozen"}
+    return {"params": trained, "frozen": params.get("frozen", {})}

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from samjax.nets import convolution
-from samjax.nets.blocks import imagenet, resize_bilinear
+from samjax.nets.blocks import flax_variables, imagenet, resize_bilinear
 from samjax.nets.convolution import conv3x3
 
 Params = Mapping[str, Any]
@@ -226,9 +226,7 @@ def features(params: Params, images: Array, net: Net, *, half_precision: bool = 
     if images.ndim == 4 and min(images.shape[1:3]) < MIN_SIZE[net]:
         height, width = images.shape[1:3]
         raise ValueError(f"LPIPS with {net} needs at least {MIN_SIZE[net]} pixels a side, not {height} x {width}")
-    trained = {name: part for name, part in params.items() if name != "frozen"}
-    variables = {"params": trained, "frozen": params.get("frozen", {})}
-    return LPIPS(net, half_precision).apply(variables, images, method="features")  # type: ignore[return-value]
+    return LPIPS(net, half_precision).apply(flax_variables(params), images, method="features")  # type: ignore[return-value]
 
 
 def distance(params: Params, fx: tuple[Array, ...], fy: tuple[Array, ...]) -> Array:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from samjax.nets import convolution
+from samjax.nets.blocks import flax_variables
 from samjax.nets.convolution import Kernel, conv3x3, interleave
 
 Params = Mapping[str, Any]
@@ -418,12 +419,6 @@ def freeze(config: StyleGAN2Config, params: Params, *, half_precision: bool = Fa
     return {**params, "frozen": {"synthesis": blocks}}
 
 
-def _variables(params: Params) -> dict[str, Any]:
-    """Flax' collections: what was trained, and what `freeze` added."""
-    trained = {name: part for name, part in params.items() if name != "frozen"}
-    return {"params": trained, "frozen": params.get("frozen", {})}
-
-
 def map_z(
     config: StyleGAN2Config,
     params: Params,
@@ -450,7 +445,7 @@ def map_z(
       ValueError: a conditional generator without labels.
     """
     return Generator(config).apply(
-        _variables(params), z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, method="map_z"
+        flax_variables(params), z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, method="map_z"
     )  # type: ignore[return-value]
 
 
@@ -489,6 +484,6 @@ def synthesize(
       ValueError: random noise without a key, or an unknown kind of noise.
     """
     return Generator(config, half_precision=half_precision).apply(
-        _variables(params), ws, noise=noise, noise_key=noise_key, offsets=offsets, features=features, masks=masks,
+        flax_variables(params), ws, noise=noise, noise_key=noise_key, offsets=offsets, features=features, masks=masks,
         method="synthesize",
     )  # type: ignore[return-value]  # fmt: skip
