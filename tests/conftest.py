@@ -4,8 +4,10 @@ Golden files hold what the reference computed, NCHW; `tests/golden/fill.py` hold
 """
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests marked gpu are run with JAX_PLATFORMS=cuda,cpu
 # Most of the suite's time is compilation, here and in the programs that tests start, and its arrays are small. The
@@ -73,3 +75,16 @@ def golden() -> Callable[[str], Mapping[str, np.ndarray]]:
 def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the tests away from what the person who runs them has downloaded."""
     monkeypatch.setenv("SAMJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless browser for tests marked `browser`: the system's Chromium, or else Playwright's own."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
+        yield browser
+        browser.close()
