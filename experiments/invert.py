@@ -18,6 +18,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,33 +33,22 @@ from samjax import api, demo, inversion, losses, maps
 from samjax.config import Category, InversionConfig, Precision, Preset, with_preset
 from samjax.errors import UserError
 from samjax.io import files, images, report
-from samjax.io.checkpoints import LoadedGenerator
 from samjax.latents import init_latents, latent_layers, parse_latent_names, single_layer_masks
 from samjax.metrics import quality
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(networks.Flags):
-    image_path: Path | None = None
-    """The image; none: a sample of the demo."""
-    output_path: Path = Path("output")
-    """Results go to a folder in it with the image's name."""
+class Settings(networks.Flags):
+    """How an image is inverted and edited, whatever asks for it."""
+
     latent_names: str | None = None
     """Candidate latent layers, separated by commas; none: all that the generator has of W+,F4,F6,F8,F10."""
-
-    segments: Path | None = None
-    """A label image of the same size as the image: one value or flat colour a segment; none: by the segmenter."""
     fit: Literal["stretch", "letterbox", "crop"] = "stretch"
     """How an image of another shape is brought to the category's size."""
-    paste_back: bool = False
-    """Also writes reconstruction and edits at the image's own size and shape; what a crop left out stays as it was."""
-
     invertibility_steps: int | None = None
     """Steps of each inversion by which maps are measured; none: as many as num_opt_steps, at most 501."""
     threshold: float | None = None
     """Mean error up to which a segment may use a layer; none: by category."""
-    sweep_thresholds: bool = False
-    """Runs all thresholds of the category; those that give the same layers run once."""
 
     preset: Preset | None = None
     """How long and how fast: "reference" is the authors' course, "fast" takes a third of its steps; none: the
@@ -94,11 +84,42 @@ class Arguments(networks.Flags):
     the category."""
     edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
 
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Settings):
+    image_path: Path | None = None
+    """The image; none: a sample of the demo."""
+    output_path: Path = Path("output")
+    """Results go to a folder in it with the image's name."""
+    segments: Path | None = None
+    """A label image of the same size as the image: one value or flat colour a segment; none: by the segmenter."""
+    sweep_thresholds: bool = False
+    """Runs all thresholds of the category; those that give the same layers run once."""
+    paste_back: bool = False
+    """Also writes reconstruction and edits at the image's own size and shape; what a crop left out stays as it was."""
     save_final_latent: bool = True
     """Keeps latents_T*.npz, from which a later run goes on."""
     save_intermediate: bool = False
     """Keeps pictures of the optimisation on its way, every save_frequency steps."""
     save_frequency: int = 250
+
+
+class Photograph(NamedTuple):
+    """An image to invert.
+
+    Attributes:
+      path: of its file.
+      picture: uint8 [H, W, 3], as in the file.
+      target: [h, w, 3] in [-1, 1], at the category's size.
+      segments: [h, w] labels; None: by the segmenter.
+      names: of segments, where known.
+    """
+
+    path: Path
+    picture: np.ndarray
+    target: np.ndarray
+    segments: np.ndarray | None
+    names: Mapping[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +129,8 @@ class Job:
     nets: networks.Networks
     category: Category
     config: InversionConfig
-    image_path: Path
+    photograph: Photograph
     folder: Path
-    picture: np.ndarray  # uint8 [H, W, 3], as in the file
-    target: np.ndarray  # [h, w, 3] in [-1, 1]
-    segments: np.ndarray | None  # [h, w]; None: by the segmenter
-    names: dict[int, str]  # of segments, where known
     thresholds: list[float]
     main_threshold: float
     measure_steps: int
@@ -154,20 +171,8 @@ def settle(args: Arguments) -> Job:
         segments_path = segments_path or demo.SAMPLES / "scene0_segments.png"
     picture = images.read_image(image_path, notify=lambda note: print(f"note: {note}"))
     nets = networks.load(args, segments_given=segments_path is not None)
-    name, category, generator = nets.name, nets.category, nets.generator
-    config = settle_config(args, category, generator)
-    networks.check_layers(nets, config.latent_names)
-    height, width = category.target_size
-    target = images.to_float(images.fit(picture, height, width, args.fit))
-    names: dict[int, str] = {}
-    if segments_path is not None:
-        size = images.image_size(image_path)
-        segments = images.read_segments(segments_path, height, width, size, args.fit)
-        if segments_path.parent == demo.SAMPLES:
-            names = dict(enumerate((*demo.scenes.LABELS, "in front", "backdrop")))
-    else:
-        segments = None
-
+    category = nets.category
+    config = settle_config(args, nets, most=16 if args.sweep_thresholds else 8)
     main_threshold = category.threshold if args.threshold is None else args.threshold
     if not math.isfinite(main_threshold):
         raise UserError(f"--threshold must be a number, not {main_threshold}")
@@ -176,38 +181,73 @@ def settle(args: Arguments) -> Job:
         nets=nets,
         category=category,
         config=config,
-        image_path=image_path,
+        photograph=fitted(image_path, picture, category, args.fit, segments_path),
         folder=args.output_path / image_path.stem,
-        picture=picture,
-        target=target,
-        segments=segments,
-        names=names,
         thresholds=thresholds,
         main_threshold=main_threshold,
-        measure_steps=args.invertibility_steps or min(config.num_opt_steps, 501),
+        measure_steps=measure_steps(args, config),
         directions=load_directions(args, nets),
         strengths=args.edit_strengths,
-        generator_name=name if args.gan_weights is None else args.gan_weights.name,
+        generator_name=generator_name(args, nets),
     )
 
 
-def settle_config(args: Arguments, category: Category, generator: LoadedGenerator) -> InversionConfig:
+def fitted(
+    path: Path,
+    picture: np.ndarray,
+    category: Category,
+    fit: Literal["stretch", "letterbox", "crop"],
+    segments_path: Path | None,
+) -> Photograph:
+    """An image as read, uint8 [H, W, 3], at the category's size, and its segments; those of the demo's samples have
+    names.
+
+    Raises:
+      UserError: a label image that is missing, damaged or of another size.
+    """
+    height, width = category.target_size
+    target = images.to_float(images.fit(picture, height, width, fit))
+    if segments_path is None:
+        return Photograph(path, picture, target, None, {})
+    segments = images.read_segments(segments_path, height, width, images.image_size(path), fit)
+    known = segments_path.parent == demo.SAMPLES
+    names = dict(enumerate((*demo.scenes.LABELS, "in front", "backdrop"))) if known else {}
+    return Photograph(path, picture, target, segments, names)
+
+
+def settle_config(args: Settings, nets: networks.Networks, most: int = 8) -> InversionConfig:
+    """The settings of the inversion; `most` items at once where nobody says.
+
+    Raises:
+      UserError: settings out of range, or layers that the networks do not have.
+    """
+    category, generator = nets.category, nets.generator
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(InversionConfig)}
     taken = {name: value for name, value in given.items() if value is not None}
     if args.latent_names is None:
         taken["latent_names"] = tuple(layer.name for layer in latent_layers(generator.config))
     else:
         taken["latent_names"] = parse_latent_names(args.latent_names, generator.config)
-    most = 16 if args.sweep_thresholds else 8
     taken.setdefault("batch_size", inversion.default_batch_size(generator.config, most))
     try:
         config = with_preset(category.config, args.preset)
-        return dataclasses.replace(config, **taken, loss_resolution=max(category.target_size))
+        config = dataclasses.replace(config, **taken, loss_resolution=max(category.target_size))
     except ValueError as error:
         raise UserError(str(error)) from error
+    networks.check_layers(nets, config.latent_names)
+    return config
 
 
-def load_directions(args: Arguments, nets: networks.Networks) -> dict[str, np.ndarray]:
+def generator_name(args: Settings, nets: networks.Networks) -> str:
+    return nets.name if args.gan_weights is None else args.gan_weights.name
+
+
+def measure_steps(args: Settings, config: InversionConfig) -> int:
+    """Steps of each inversion by which maps are measured."""
+    return args.invertibility_steps or min(config.num_opt_steps, 501)
+
+
+def load_directions(args: Settings, nets: networks.Networks) -> dict[str, np.ndarray]:
     """The directions to apply, by the names of their files."""
     own = demo.EDITS if nets.name == "demo" and args.gan_weights is None else nets.edits
     folder = args.edits_folder or own
@@ -231,7 +271,7 @@ def load_directions(args: Arguments, nets: networks.Networks) -> dict[str, np.nd
 
 def check_settings(folder: Path, args: Arguments, job: Job) -> None:
     """Makes sure that what is already in `folder` was made with the same settings, and notes them where it is new."""
-    nets, category = job.nets, job.category
+    nets, category, segments = job.nets, job.category, job.photograph.segments
     settings = json.loads(json.dumps({
         **dataclasses.asdict(job.config),
         "seed": args.seed,
@@ -241,8 +281,8 @@ def check_settings(folder: Path, args: Arguments, job: Job) -> None:
         "measure_steps": job.measure_steps if nets.predictor is None else None,
         "predictor": networks.origin(nets.predictor),
         "generator": digest(*nets.generator.params["synthesis"]["b4"].values(), nets.generator.params["mapping"]),
-        "target": digest(job.target),
-        "segments": digest(job.segments) if job.segments is not None else [category.segmenter, args.swap_channels],
+        "target": digest(job.photograph.target),
+        "segments": [category.segmenter, args.swap_channels] if segments is None else digest(segments),
     }))  # fmt: skip
     for how in ("batch_size", "chunk_steps"):  # not what
         del settings[how]
@@ -275,18 +315,26 @@ def digest(*trees: Any) -> str:
 
 def look(folder: Path, args: Arguments, job: Job, models: api.Models, seconds: dict[str, float]) -> Looked:
     """Segments, start and error maps of the image."""
-    nets, began = job.nets, time.perf_counter()
-    segments = networks.segments(nets, job.target, args.swap_channels) if job.segments is None else job.segments
-    if nets.encoder is not None:
-        ws = networks.encode(nets, job.target)
-    else:
-        ws = api.start(models, job.target, kind=nets.category.start, seed=args.seed)
-    if nets.predictor is not None:
-        error_maps = networks.predicted_maps(nets, job.target, job.config.latent_names)
+    began = time.perf_counter()
+    segments, ws = first_look(args, job.nets, job.photograph, models)
+    if job.nets.predictor is not None:
+        error_maps = networks.predicted_maps(job.nets, job.photograph.target, job.config.latent_names)
         seconds["networks"] = time.perf_counter() - began
         return Looked(segments, ws, error_maps, [])
     seconds["networks"] = time.perf_counter() - began
     return Looked(segments, ws, *measured_layers(folder, args, job, models, ws, seconds))
+
+
+def first_look(
+    args: Settings, nets: networks.Networks, photograph: Photograph, models: api.Models
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segments of the image [h, w], and where W+ starts [num_ws, w_dim]."""
+    target, segments = photograph.target, photograph.segments
+    if segments is None:
+        segments = networks.segments(nets, target, args.swap_channels)
+    if nets.encoder is not None:
+        return segments, networks.encode(nets, target)
+    return segments, api.start(models, target, kind=nets.category.start, seed=args.seed)
 
 
 def starting_image(models: api.Models, ws: np.ndarray) -> np.ndarray:
@@ -301,14 +349,12 @@ def measured_layers(
 ) -> tuple[np.ndarray, list[Inverted]]:
     """The single-layer inversions, which give the error maps and stand for comparison."""
     path = folder / "measured.npz"
-    layers = models.layers
-    masks = {name: np.asarray(mask) for name, mask in single_layer_masks(layers).items()}
     saved = load_arrays(path)
     if saved is None:
         began = time.perf_counter()
         with inversion.progress_bar("single layers") as bar:
             result = api.measure(
-                models, job.target, ws, num_opt_steps=job.measure_steps, seed=args.seed, on_progress=bar
+                models, job.photograph.target, ws, num_opt_steps=job.measure_steps, seed=args.seed, on_progress=bar
             )
         seconds["single_layers"] = time.perf_counter() - began
         saved = {
@@ -322,10 +368,15 @@ def measured_layers(
         print(f"resuming: the single-layer inversions are done ({path.name})", flush=True)
         seconds["single_layers"] = float(saved["seconds"])
     latents = {name.removeprefix("latent_"): saved[name] for name in saved if name.startswith("latent_")}
+    return saved["maps"], single_inversions(models, latents, saved["loss"])
+
+
+def single_inversions(models: api.Models, latents: dict[str, Any], loss: np.ndarray) -> list[Inverted]:
+    """The inversion in each layer alone, from latents [L, ...] and the losses of every step [steps, L]."""
+    masks = {name: np.asarray(mask) for name, mask in single_layer_masks(models.layers).items()}
     made = api.render(models, latents, masks)
     pick = lambda tree, i: {name: value[i : i + 1] for name, value in tree.items()}  # noqa: E731
-    inversions = [Inverted(pick(latents, i), pick(masks, i), made[i], saved["loss"][:, i]) for i in range(len(layers))]
-    return saved["maps"], inversions
+    return [Inverted(pick(latents, i), pick(masks, i), made[i], loss[:, i]) for i in range(len(models.layers))]
 
 
 def sam_inversions(
@@ -354,7 +405,7 @@ def sam_inversions(
         labels = [f"T{job.thresholds[first[k]]:.3f}" for k in todo]
         with inversion.progress_bar("SAM") as bar:
             watch = snapshots(folder, args, models, maps.stack_masks(chosen, models.layers), labels, bar)
-            result = api.invert_layers(models, job.target, chosen, ws, seed=args.seed, on_progress=watch)
+            result = api.invert_layers(models, job.photograph.target, chosen, ws, seed=args.seed, on_progress=watch)
         took = (time.perf_counter() - began) / len(todo)
         for i, k in enumerate(todo):
             done[k] = {f"latent_{n}": np.asarray(v[i : i + 1]) for n, v in result.latents.items()} | {
@@ -414,33 +465,36 @@ def describe(
     index: int,
     methods: dict[str, Inverted],
     edited: dict[str, np.ndarray],
+    forced: Collection[int] = (),
 ) -> report.Result:
-    """Everything about one threshold, for pictures and tables; `edited` [directions, strengths, R, R, 3] by method."""
+    """Everything about one threshold, for pictures and tables; `edited` [directions, strengths, R, R, 3] by method,
+    `forced` the labels of segments whose layer was chosen by hand."""
     names = [layer.name for layer in models.layers]
     rows = [
         report.SegmentRow(
             label=int(value),
-            name=job.names.get(int(value)),
+            name=job.photograph.names.get(int(value)),
             share=float(np.mean(looked.segments == value)),
             means=tuple(float(mean) for mean in assignment.means[:, s]),
             layer=names[assignment.layers[index, s]],
+            forced=int(value) in forced,
         )
         for s, value in enumerate(assignment.values)
     ]
-    made = {name: api.comparable(item.image[None], job.target)[0] for name, item in methods.items()}
-    lpips = api.distances(models, np.stack([item.image for item in methods.values()]), job.target)
+    made = {name: api.comparable(item.image[None], job.photograph.target)[0] for name, item in methods.items()}
     metrics = {}
-    for (name, image), distance in zip(made.items(), lpips, strict=True):
-        q = quality(image, job.target, float(distance))
-        metrics[name] = {"MSE": q.mse, "PSNR": q.psnr, "SSIM": q.ssim, "LPIPS": float(distance)}
+    for name, image in made.items():
+        distance = float(api.distances(models, methods[name].image[None], job.photograph.target)[0])
+        q = quality(image, job.photograph.target, distance)
+        metrics[name] = {"MSE": q.mse, "PSNR": q.psnr, "SSIM": q.ssim, "LPIPS": distance}
     edits: dict[str, dict[str | float, dict[str, np.ndarray]]] = {}
     for name, sweeps in edited.items():
         for direction, sweep in zip(job.directions, sweeps, strict=True):
-            for strength, image in zip(job.strengths, api.comparable(sweep, job.target), strict=True):
+            for strength, image in zip(job.strengths, api.comparable(sweep, job.photograph.target), strict=True):
                 edits.setdefault(direction, {}).setdefault(strength, {})[name] = image
     return report.Result(
-        name=job.image_path.stem,
-        image=job.target,
+        name=job.photograph.path.stem,
+        image=job.photograph.target,
         segments=looked.segments,
         segment_rows=rows,
         layers=names,
@@ -456,10 +510,11 @@ def describe(
             "steps": job.config.num_opt_steps,
             "error maps": "predicted" if not looked.singles else f"measured in {job.measure_steps} steps",
             "W+ starts at": job.category.start,
-            "segments": "given" if job.segments is not None else job.category.segmenter,
+            "segments": "given" if job.photograph.segments is not None else job.category.segmenter,
             "LPIPS of the loss": job.config.lpips_type,
             "device": jax.devices()[0].device_kind,
         },
+        thresholds=job.category.sweep(),
     )
 
 
@@ -482,7 +537,7 @@ def save_threshold(
         for strength, made in strengths.items():
             images.save_png(folder / "edits" / name / f"{tag}_mul{strength:g}.png", made["SAM"])
     if args.paste_back:
-        paste = lambda image: images.paste_back(job.picture, full_size(job, image), args.fit)  # noqa: E731
+        paste = lambda image: images.paste_back(job.photograph.picture, full_size(job, image), args.fit)  # noqa: E731
         images.save_png(folder / "pasted" / f"reconstruction_{tag}.png", paste(image))
         for name, sweep in zip(job.directions, edited, strict=True):
             for strength, changed in zip(job.strengths, sweep, strict=True):
@@ -509,7 +564,7 @@ def save_report(
     images.save_png(folder / "invertibility.png", report.invertibility_picture(main))
     images.save_png(folder / "comparison.png", report.comparison_picture(main))
     summary = {
-        "image": job.image_path.name,
+        "image": job.photograph.path.name,
         "thresholds": {
             f"{result.threshold:.3f}": {"metrics": result.metrics, "segments": result.segment_rows}
             for result in results
@@ -524,6 +579,8 @@ def save_report(
         "command": shlex.join(["python", *sys.argv]),
     }
     files.write_json(folder / "metrics.json", summary)
+    swept = {r.threshold: (r.reconstructions["SAM"], r.metrics["SAM"]["LPIPS"]) for r in results}
+    main = dataclasses.replace(main, sweep=swept if len(swept) > 1 else {})
     files.write_text(folder / "report.html", report.render_html(main))
 
 
@@ -541,9 +598,9 @@ def main(args: Arguments) -> None:
     job = settle(args)
     folder = files.output_folder(job.folder)
     check_settings(folder, args, job)
-    print(f"{job.image_path.name} -> {folder}", flush=True)
+    print(f"{job.photograph.path.name} -> {folder}", flush=True)
     models = api.load_models(job.nets.generator, job.config, seed=args.seed)
-    images.save_png(folder / "input.png", job.target)
+    images.save_png(folder / "input.png", job.photograph.target)
     seconds: dict[str, float] = {}
     looked = look(folder, args, job, models, seconds)
     assignment = maps.assign_layers(looked.maps, looked.segments, job.thresholds)

@@ -7,7 +7,7 @@ segment, stays below a threshold.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -108,6 +108,21 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
     size = max(max_segments, 1 << (count - 1).bit_length())
     means, layers, layer_maps = _assign(maps, labels, np.atleast_1d(np.asarray(taus, np.float32)), size)
     return Assignment(values, np.asarray(means)[:, :count], np.asarray(layers)[:, :count], np.asarray(layer_maps))
+
+
+def force_layers(assignment: Assignment, segments: ArrayLike, forced: Mapping[int, int]) -> Assignment:
+    """Gives some segments another layer, at every threshold.
+
+    Args:
+      assignment: of `assign_layers`.
+      segments: [H, W] labels, as they were given there.
+      forced: label to index of a layer; labels that no pixel has are passed over.
+    """
+    labels, values = contiguous(segments)
+    layers = np.array(assignment.layers)
+    for value, layer in forced.items():
+        layers[:, values == value] = layer
+    return assignment._replace(layers=layers, layer_maps=layers[:, labels])
 
 
 def unique_layer_maps(layer_maps: ArrayLike) -> tuple[list[int], list[int]]:

@@ -150,3 +150,14 @@ def test_masks_of_several_maps_are_stacked():
         "F4": (2, 16, 16, 1), "F6": (2, 32, 32, 1), "F8": (2, 64, 64, 1), "F10": (2, 128, 128, 1)}  # fmt: skip
     assert stacked["F4"][0].max() == 0
     np.testing.assert_allclose(stacked["F4"][1], 1.0, atol=1e-6)
+
+
+def test_forced_layers():
+    segments = np.array([[4, 4, 9], [4, 9, 2]])
+    error_maps = np.stack([np.full((2, 3), 0.5), np.full((2, 3), 0.1)]).astype(np.float32)
+    chosen = maps.assign_layers(error_maps, segments, [0.2, 0.9])
+    forced = maps.force_layers(chosen, segments, {9: 0, 77: 1})
+    np.testing.assert_array_equal(forced.layers, [[1, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(forced.layer_maps[0], [[1, 1, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(chosen.layers, [[1, 1, 1], [0, 0, 0]])  # untouched
+    np.testing.assert_array_equal(maps.force_layers(chosen, segments, {}).layer_maps, chosen.layer_maps)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from samjax.io import report, sheets
+from samjax import maps
+from samjax.io import html_report, report, sheets
 
 LAYERS = ("W+", "F4", "F6", "F8", "F10")
 NASTY = '<script>alert("x")</script> & <b>bold</b>'
@@ -82,6 +85,9 @@ CASES = {
     "other layers": make(layers=("W", "X1", "X2", "X3", "X4", "X5")),
     "no edits": dataclasses.replace(make(), edits={}, metrics={}, losses=None, settings={}),
     "one method": dataclasses.replace(make(), reconstructions={"W+": make().image}, edits={}),
+    "one strength": dataclasses.replace(make(), edits={"blue": {"strong": {"SAM": make().image}}}),
+    "thresholds": dataclasses.replace(make(), thresholds=(0.05, 0.1, 0.225, 0.5)),
+    "sweep": dataclasses.replace(make(), sweep={0.05: (make().image, 0.1), 0.4: (-make().image, 0.2)}),
 }
 
 
@@ -211,6 +217,8 @@ def test_printable():
         ({"layer_map": np.zeros((64, 32), int)}, "layer_map must hold integers"),
         ({"reconstructions": {"SAM": np.zeros((64, 32, 3))}}, "reconstruction SAM has shape"),
         ({"edits": {"blue": {1: {"SAM": np.zeros((1, 64, 64, 3))}}}}, "edit blue 1 SAM has shape"),
+        ({"sweep": {0.5: (np.zeros((64, 3)), 0.1)}}, "sweep 0.5 has shape"),
+        ({"thresholds": (0.1, float("nan"))}, "finite"),
         ({"segment_rows": [report.SegmentRow(0, None, 1.0, (0.1,), "W+")]}, "does not fit the layers"),
         ({"segment_rows": [report.SegmentRow(0, None, 1.0, (0.1,) * 5, "F12")]}, "does not fit the layers"),
     ],
@@ -218,6 +226,39 @@ def test_printable():
 def test_results_that_do_not_fit_together(change: dict, says: str):
     with pytest.raises(ValueError, match=says):
         dataclasses.replace(make(), **change)
+
+
+# --- thresholds ---
+
+
+def test_layers_at_a_threshold_are_those_of_select_layers():
+    rng = np.random.default_rng(0)
+    means = rng.uniform(0, 1, (5, 40)).astype(np.float32)
+    rows = [report.SegmentRow(s, None, 1 / 40, tuple(means[:, s].tolist()), "W+") for s in range(40)]
+    result = dataclasses.replace(make(), segment_rows=rows, threshold=-1.0)
+    # Among them means themselves, which are admitted, and values that single precision alone tells apart or not.
+    for threshold in (0.0, 0.1, 0.35, 1.0, *means[:2, 0].tolist(), float(means[1, 3]) - 1e-12):
+        expected = np.asarray(maps.select_layers(means, np.float32(threshold)))
+        assert report.layers_at(result, threshold) == tuple(LAYERS[index] for index in expected), threshold
+    assert set(report.layers_at(result, -1.0)) == {"W+"}  # the result's own threshold: what it says
+
+
+def test_thresholds_shown():
+    result = make(segments=5)
+    assert report.shown_thresholds(dataclasses.replace(result, thresholds=(0.5, 0.1))) == [0.1, 0.225, 0.5]
+    sweep = {0.4: (result.image, 0.1), 0.2: (result.image, 0.1)}
+    assert report.shown_thresholds(dataclasses.replace(result, sweep=sweep)) == [0.2, 0.225, 0.4]
+    # By default: values that choose different layers, from the last everywhere to the first everywhere.
+    shown = report.shown_thresholds(result)
+    assert shown == [0.09, 0.225, 0.3]
+    chosen = [report.layers_at(result, value) for value in shown]
+    assert len(set(chosen)) == 3
+    assert set(chosen[0]) == {"F10"}
+    assert set(chosen[-1]) == {"W+"}
+    many = dataclasses.replace(CASES["many segments"], segment_rows=[
+        report.SegmentRow(s, None, 1 / 60, (0.9 - 0.01 * s, 0.5, 0.3, 0.2, 0.1), "F4") for s in range(60)
+    ])  # fmt: skip
+    assert 7 <= len(report.shown_thresholds(many)) <= 8
 
 
 # --- the report ---
@@ -233,6 +274,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -249,7 +291,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.words.append(data)
 
     @property
@@ -267,22 +311,46 @@ def decoded(uri: str | None) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(match[1]))).convert("RGB"))
 
 
+def assert_only_our_script_runs(page: Page) -> None:
+    """The page holds its data and our script, which alone its security policy lets run."""
+    assert page.all("script") == [{"type": "application/json", "id": "data"}, {}]
+    data, script = page.scripts
+    json.loads(data)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(|import\(", script)
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert tag not in {"link", "iframe", "object", "embed", "form", "base", "a"}
+        for name in ("src", "href", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/")), (tag, attributes)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_report_is_sound_and_offline(case: str):
     html = report.render_html(CASES[case])
     page = Page(html)
     assert not re.search(r"https?:|//[a-z]+\.[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", html))
-    assert page.all("script") == []
-    assert page.all("link") == []
-    for image in page.all("img"):
-        assert image["alt"]
-        assert decoded(image["src"]).size
-    assert len(page.all("h1")) == 1
+    assert_only_our_script_runs(page)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+    pictures = page.all("image")
+    assert len({image["href"] for image in pictures}) == len(pictures)  # each is there once
+    for image in pictures:
+        assert decoded(image["href"]).size
+    used = {use["href"] for use in page.all("use") if "href" in use}
+    assert {f"#{image['id']}" for image in pictures} <= used <= {f"#{name}" for name in ids}
+    assert len(page.all("h1")) == 1
     for _, attributes in page.elements:
+        assert attributes.get("role") != "img" or attributes["aria-label"]
         if "aria-labelledby" in attributes:
             assert attributes["aria-labelledby"] in ids
+    for slider in page.all("input"):
+        assert slider["type"] != "range" or slider["aria-label"]
     for left_over in ("{{", "{%", "None", "nan", "Undefined"):
         assert left_over not in page.text.replace("none None", ""), left_over
 
@@ -299,20 +367,89 @@ def test_the_report_tells_what_happened():
     assert len(tables) == 2
     chosen = [attributes for attributes in page.all("td") if attributes.get("class") == "chosen"]
     assert len(chosen) == 5
-    # 1 hero + 3 methods, 3 layers, 6 maps, 1 scale, 2 directions x 3 strengths x 3 methods.
-    assert len(page.all("img")) == 4 + 3 + 6 + 1 + 18
-    assert decoded(page.all("img")[0]["src"]).shape == (64, 64, 3)
-    assert np.abs(decoded(page.all("img")[0]["src"]) / 127.5 - 1 - result.image).mean() < 0.05
+    # Input, its grey, 3 methods, 5 maps, and 2 strengths x 3 methods; strength 0 is the reconstruction, and both
+    # directions give the same.
+    pictures = {image["id"]: image["href"] for image in page.all("image")}
+    assert len(pictures) == 1 + 1 + 3 + 5 + 6
+    shown = [use["href"] for use in page.all("use") if "href" in use]
+    first = decoded(pictures[(shown[0] or "")[1:]])
+    assert first.shape == (64, 64, 3)
+    assert np.abs(first / 127.5 - 1 - result.image).mean() < 0.05
     lines = page.all("polyline")
     assert len(lines) == 2
     assert len((lines[1]["points"] or "").split()) == 2  # what is not finite or not above 0 is left out
 
 
+def test_the_report_shows_other_thresholds():
+    result = make(segments=5)
+    sweep = {0.05: (-result.image, 0.5), 0.4: (result.image * 0.5, 0.25)}
+    page = Page(report.render_html(dataclasses.replace(result, thresholds=(0.1,), sweep=sweep)))
+    states = json.loads(page.scripts[0])["thresholds"]
+    assert [state["text"] for state in states] == ["0.05", "0.1", "0.225", "0.4"]
+    assert [state["lpips"] for state in states] == ["0.500", None, "0.281", "0.250"]  # its own: SAM's
+    assert [state["layers"] for state in states] == [[4] * 5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0] * 5]
+    tiles = [svg["aria-label"] for svg in page.all("svg") if (svg.get("aria-label") or "").startswith("Layers at")]
+    assert tiles[0] == "Layers at threshold 0.05: 100% in F10"
+    assert tiles[3] == "Layers at threshold 0.4: 100% in W+"
+    assert "20% in W+, 20% in F4" in (tiles[1] or "")
+    assert page.text.count("used here") == 2  # below the slider, and in the row of maps
+    assert "LPIPS 0.500" in page.text
+
+
+def test_outlines_are_those_of_the_regions():
+    y, x = np.mgrid[:90, :120]
+    disc = (y - 40) ** 2 + (x - 50) ** 2 < 30**2
+    ring = disc & ((y - 40) ** 2 + (x - 50) ** 2 > 12**2)
+    corner = (y > 70) & (x > 80)
+    speck = (y == 10) & (x == 100)
+    for region in (disc, ring, corner, corner | disc, speck):
+        canvas = Image.new("1", (1200, 900))
+        for loop in html_report._outline(region).strip("MZ").split("ZM"):
+            points = [(10 * float(px), 10 * float(py)) for px, py in (point.split(",") for point in loop.split())]
+            one = Image.new("1", canvas.size)
+            ImageDraw.Draw(one).polygon(points, fill=1)
+            canvas = Image.fromarray(np.asarray(canvas) ^ np.asarray(one))  # what lies in a hole is out
+        drawn = np.asarray(canvas.convert("L").resize((120, 90), Image.Resampling.BOX)) >= 127
+        assert (drawn != region).sum() <= 0.01 * region.sum(), region.sum()
+
+
+def test_the_chart_has_round_numbers_and_every_line_inside():
+    for losses in ([3.0, 0.07], [1.0, 1.0], [1e-9, 1e9], [5.0, 2.0]):
+        chart = html_report._loss_chart({"SAM": losses})
+        assert chart is not None
+        assert 2 <= len(chart["ticks"]) <= 11
+        assert all(0 <= tick["y"] <= 100 for tick in chart["ticks"])
+        heights = [float(point.split(",")[1]) for point in chart["lines"][0]["path"].split()]
+        assert all(0 <= height <= 100 for height in heights)
+    assert html_report._loss_chart({"SAM": [float("nan"), 0.0, -1.0], "W+": [1.0]}) is None
+
+
 def test_the_last_resort_is_said():
     result = make()
     row = dataclasses.replace(result.segment_rows[0], means=(0.5,) * 5, layer="F10")
-    html = report.render_html(dataclasses.replace(result, segment_rows=[row, *result.segment_rows[1:]]))
-    assert html.count("none is low enough") == 1
+    page = Page(report.render_html(dataclasses.replace(result, segment_rows=[row, *result.segment_rows[1:]])))
+    notes = [attributes for attributes in page.all("span") if attributes.get("class") == "last"]
+    assert sum("hidden" not in attributes for attributes in notes) == 1
+    assert len(notes) == 4
+    # A mean in single precision is admitted by the threshold of its value: 0.3 is a little more there.
+    row = dataclasses.replace(result.segment_rows[0], means=(0.9,) * 4 + (float(np.float32(0.3)),), layer="F10")
+    exact = dataclasses.replace(result, segment_rows=[row, *result.segment_rows[1:]], threshold=0.3)
+    notes = [
+        attributes for attributes in Page(report.render_html(exact)).all("span") if attributes.get("class") == "last"
+    ]
+    assert all("hidden" in attributes for attributes in notes)
+
+
+def test_layers_chosen_by_hand_stay():
+    result = make()
+    row = dataclasses.replace(result.segment_rows[2], layer="F10", forced=True)
+    forced = dataclasses.replace(result, segment_rows=[*result.segment_rows[:2], row, *result.segment_rows[3:]])
+    assert report.layers_at(forced, 10.0) == ("W+", "W+", "F10", "W+")
+    assert report.layers_at(result, 10.0) == ("W+",) * 4
+    html = report.render_html(forced)
+    assert html.count("chosen by hand</span>") == 1
+    assert html.count("data-forced") == 1
+    assert "data-forced" not in report.render_html(result)
 
 
 def test_names_are_escaped():
@@ -329,19 +466,30 @@ def test_names_are_escaped():
         losses={NASTY: [1.0, 0.5]},
         settings={NASTY: NASTY},
     )
-    page = Page(report.render_html(nasty))
-    assert page.all("script") == []
+    html = report.render_html(nasty)
+    page = Page(html)
+    assert_only_our_script_runs(page)
+    assert html.count("<script") == html.count("</script") == 2
+    assert "<b>bold" not in html
+    assert json.loads(page.scripts[0])["losses"][0]["name"] == NASTY
+    assert "<" not in page.scripts[0]
     assert page.text.count(NASTY) >= 8
-    assert any(NASTY in (image["alt"] or "") for image in page.all("img"))
+    labels = [svg.get("aria-label") or "" for svg in page.all("svg")]
+    assert any(NASTY in label for label in labels)
+    assert [row["data-name"] for row in page.all("tr") if "data-name" in row] == [NASTY] * 4
 
 
 def test_large_results_stay_small():
     """Noise, the worst case of all, in 36 edits at 256 px."""
     rng = np.random.default_rng(0)
     result = make((256, 256))
-    noise = rng.uniform(-1, 1, (256, 256, 3)).astype(np.float32)
-    edits = {f"d{i}": {s: {"W+": noise, "F10": noise, "SAM": noise} for s in range(4)} for i in range(3)}
+    noise = rng.uniform(-1, 1, (36, 256, 256, 3)).astype(np.float32)
+    edits = {
+        f"d{i}": {s: dict(zip(("W+", "F10", "SAM"), noise[12 * i + 3 * s :], strict=False)) for s in range(4)}
+        for i in range(3)
+    }
     html = report.render_html(dataclasses.replace(result, edits=edits))
     assert len(html) < 5_000_000
-    shown = decoded(Page(html).all("img")[-1]["src"])
-    assert shown.shape[0] >= 192
+    pictures = [decoded(image["href"]) for image in Page(html).all("image")]
+    assert len(pictures) > 36
+    assert all(picture.shape[0] >= 192 for picture in pictures)

@@ -1,0 +1,211 @@
+"""The page in a real browser, as a person uses it: the demo's generator, few steps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samjax import demo
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).parent.parent
+SAMPLE = demo.SAMPLES / "scene1.png"
+PATIENCE = 120_000  # ms; programs are compiled on the way
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The page, served by the program itself."""
+    command = [sys.executable, "experiments/app.py", "--num_opt_steps", "30"]
+    errors = tmp_path_factory.mktemp("app") / "errors"
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"open (http://127\.0\.0\.1:\d+/)", line)
+            assert found, f"{line!r}, {errors.read_text()[-500:]}"
+            yield found[1]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def opened(chromium, address):
+    """A function that opens the page for another person; no request may leave this machine, no script fail."""
+    contexts, strangers, failures = [], [], []
+
+    def open_page(width: int = 1400, height: int = 1000):
+        context = chromium.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        local = (address, "data:", "blob:")
+        page.on("request", lambda request: request.url.startswith(local) or strangers.append(request.url))
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#file")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert strangers == []
+    assert failures == []
+
+
+def says(page, text: str) -> None:
+    page.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=text)
+
+
+def upload(page, path: Path) -> None:
+    page.set_input_files("#file input[type=file]", path)
+
+
+def picture(page, name: str) -> str:
+    """Address of a picture that is shown; it changes with the picture."""
+    return page.locator(f"#{name} img").first.get_attribute("src")
+
+
+def changed(page, name: str, before: str) -> str:
+    page.wait_for_function(
+        "([name, before]) => { const img = document.querySelector(`#${name} img`); return img && img.src !== before; }",
+        arg=[name, page.evaluate("src => new URL(src, location).href", before)],
+    )
+    return picture(page, name)
+
+
+def set_slider(page, name: str, value: float) -> None:
+    number = page.locator(f"#{name} input[type=number]")
+    number.fill(str(value))
+    number.press("Enter")
+
+
+def test_from_an_image_to_an_edit(opened, tmp_path):
+    page = opened()
+    upload(page, SAMPLE)
+    says(page, "Choose layers, then invert")
+    for name in ("W+", "F4", "F6", "F8", "F10"):
+        assert page.locator(f"[id='map-{name}'] img").count() == 1
+
+    # The threshold: at once another map of layers.
+    before = picture(page, "layers")
+    set_slider(page, "threshold", 0.1)
+    before = changed(page, "layers", before)
+
+    # A click chooses a segment, and its layer is forced.
+    picked = page.locator("#values tr.picked th")
+    largest = picked.inner_text()
+    page.locator("#layers img").click(position={"x": 100, "y": 390})
+    page.wait_for_function("before => document.querySelector('#values tr.picked th').innerText != before", arg=largest)
+    assert picked.inner_text().startswith(page.locator("#segment input").input_value())
+    page.locator("#layer label", has_text="W+").click()
+    changed(page, "layers", before)
+    page.wait_for_function("() => document.querySelector('#values tr.picked').innerText.includes('forced')")
+    mean = page.locator("#values tr.picked td").first
+    assert "chosen" in (mean.get_attribute("class") or "")
+    page.locator("#layer label", has_text="by the threshold").click()
+    page.wait_for_function("() => !document.querySelector('#values').innerText.includes('forced')")
+    set_slider(page, "threshold", 0.35)
+
+    # The inversion: a picture that changes on the way, and steps counted.
+    page.locator("#invert").click()
+    says(page, "loss")
+    page.wait_for_selector("#result img")
+    first = picture(page, "result")
+    changed(page, "result", first)
+    says(page, "Now edit")
+    assert re.search(r"LPIPS 0\.\d+", page.locator("#status").inner_text())
+
+    # Several directions together.
+    still = picture(page, "edited")
+    set_slider(page, "edit-0", 2)
+    blue = changed(page, "edited", still)
+    set_slider(page, "edit-1", 2)
+    changed(page, "edited", blue)
+
+    page.locator("#save").click()
+    says(page, "The files are ready")
+    links = page.locator("#files a[download]")
+    assert links.count() == 4
+    got = {}
+    for i in range(4):
+        with page.expect_download() as download:
+            links.nth(i).click()
+        got[download.value.suggested_filename] = download.value.path()
+    assert set(got) == {f"scene1_{name}" for name in ("latents.npz", "reconstruction.png", "edited.png", "report.html")}
+    assert zipfile.is_zipfile(got["scene1_latents.npz"])
+    edited, plain = (np.asarray(Image.open(got[f"scene1_{name}.png"]), int) for name in ("edited", "reconstruction"))
+    assert np.abs(edited - plain).mean() > 2
+    assert "<title>scene1" in got["scene1_report.html"].read_text()
+
+
+def test_stop(opened):
+    page = opened()
+    upload(page, SAMPLE)
+    says(page, "Choose layers, then invert")
+    page.locator("#invert").click()
+    says(page, "step")
+    page.locator("#stop").click()
+    says(page, "Stopped")
+    assert page.locator("#invert").is_enabled()
+    assert page.locator("#stop").is_disabled()
+    assert page.locator("#save").is_disabled()
+
+
+def test_two_people_do_not_mix(opened):
+    one, two = opened(), opened()
+    upload(one, SAMPLE)
+    says(one, "scene1.png: ")
+    upload(two, demo.SAMPLES / "scene2.png")
+    says(two, "scene2.png: ")
+    set_slider(one, "threshold", 0.1)
+    one.locator("#invert").click()
+    two.locator("#invert").click()
+    says(one, "Now edit")
+    says(two, "Now edit")
+    assert one.locator("#threshold input[type=number]").input_value() == "0.1"
+    assert two.locator("#threshold input[type=number]").input_value() == "0.35"
+    assert picture(one, "result") != picture(two, "result")
+    assert "scene1" in one.locator("#file").inner_text()
+    assert "scene2" in two.locator("#file").inner_text()
+
+
+def test_a_scene_of_the_demo_and_its_names(opened):
+    page = opened()
+    page.locator("#sample input").click()
+    page.locator("[role=option]", has_text="scene3").click()
+    says(page, "scene3.png: ")
+    assert "car" in page.locator("#values").inner_text()
+
+
+def test_bad_files_get_a_line(opened, tmp_path):
+    (tmp_path / "letter.png").write_text("Dear reader")
+    page = opened()
+    upload(page, tmp_path / "letter.png")
+    says(page, "error: ")
+    assert "letter.png" in page.locator("#status [role=alert]").inner_text()
+    assert page.locator("#invert").is_disabled()
+    page.locator("#file button[aria-label='Remove this file'], #file button[aria-label='Clear']").first.click()
+    upload(page, SAMPLE)  # and the page goes on
+    says(page, "Choose layers, then invert")
+
+
+def test_a_narrow_window(opened):
+    page = opened(390, 844)
+    upload(page, SAMPLE)
+    says(page, "Choose layers, then invert")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for name in ("image", "segments", "layers", "threshold", "invert"):
+        box = page.locator(f"#{name}").bounding_box()
+        assert box["x"] >= 0, name
+        assert box["x"] + box["width"] <= 390, name
