@@ -22,15 +22,24 @@ SIDE = 512  # of pictures drawn for the page
 STRENGTH = 4.0  # where the sliders of edits end
 
 CSS = """
-#status { position: sticky; top: 0; z-index: 20; }
+#status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 20; padding: .6rem; }
+.gradio-container { padding-bottom: 5rem !important; }
 .samjax-status {
   padding: .6rem .9rem; border-radius: 8px; min-height: 2.6rem; border: 1px solid var(--border-color-primary);
-  background: var(--background-fill-secondary);
+  background: var(--background-fill-primary); box-shadow: 0 0 1rem rgb(0 0 0 / .2);
 }
-.samjax-status progress { width: 100%; height: .5rem; display: block; margin-top: .4rem; accent-color: #00629b; }
+.samjax-status progress {
+  appearance: none; display: block; width: 100%; height: .5rem; margin-top: .4rem; border: 0; border-radius: .25rem;
+  overflow: hidden; background: var(--border-color-primary);
+}
+.samjax-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.samjax-status progress::-webkit-progress-value { background: #00629b; }
+.samjax-status progress::-moz-progress-bar { background: #00629b; }
 .samjax-status.wrong { background: #fdecea; color: #7a1210; font-weight: 600; }
 .samjax-values { overflow: auto; max-height: 26rem; }
-.samjax-values table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .85rem; }
+.samjax-values table {
+  border: 0 !important; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .85rem;
+}
 .samjax-values th, .samjax-values td {
   padding: .25rem .4rem; text-align: right; white-space: nowrap; border: 0 !important;
 }

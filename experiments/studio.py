@@ -210,6 +210,7 @@ class Session:
             generator.config, generator.params, item.latents, item.masks, noise=studio.noise, precision=precision
         )
         self.done = Done(threshold, forced, assignment, item, features, time.perf_counter() - began)
+        self.edit(dict.fromkeys(studio.directions, 1.0))  # compiles, so that the first edit is as fast as the next
 
     def summary(self) -> str:
         """One line about the last inversion."""
