@@ -10,7 +10,8 @@ Their script runs first, in a process of its own (see `reference_sam.py`), then 
 what theirs made in the stages before it, so that an error shows where it arises. Both run on the CPU in float32, with
 the generator's stored noise: the authors draw new noise at every step, which cannot be compared.
 
-Prints a table in Markdown. Exit codes: 0 if every stage is within its tolerance, 1 if one is not, 2 for bad input.
+Prints a table in Markdown; with --output_path it is kept, and with it pictures of both sides. Exit codes: 0 if every
+stage is within its tolerance, 1 if one is not, 2 for bad input.
 Their loaders execute code that files of weights carry: give it files that you trust.
 """
 
@@ -39,10 +40,10 @@ import reference_sam
 from numpy.typing import ArrayLike
 
 from ckpt_convert import get
-from samjax import editing, inversion, latents, losses, maps, segmentation
+from samjax import api, editing, inversion, latents, losses, maps, segmentation
 from samjax.config import CATEGORIES, LATENT_NAMES, InversionConfig
 from samjax.errors import UserError
-from samjax.io import images, registry, weights
+from samjax.io import files, images, registry, report, sheets, training_report, weights
 from samjax.nets import stylegan2
 
 T = TypeVar("T")
@@ -110,6 +111,8 @@ class Arguments:
     """Of the optimisation: the first ones of a run of 1001, the authors' default."""
     seed: int = 0
     """Of the samples from which their code takes its prior."""
+    output_path: Path | None = None
+    """Folder for the table and for pictures of both sides; none: nothing is written."""
 
 
 # --- differences ---
@@ -290,10 +293,15 @@ def vgg16(path: Path) -> Path:
 
 
 class Ours:
-    """Compares one stage after the other; `row` times what it is given twice, as the first time compiles."""
+    """Compares one stage after the other; `row` times what it is given twice, as the first time compiles.
+
+    Attributes:
+      made: what the stages gave, by the keys of their seconds.
+    """
 
     def __init__(self, nets: networks.Networks, theirs: Theirs) -> None:
         self.nets, self.theirs = nets, theirs
+        self.made: dict[str, Any] = {}
         self.config, self.params, _ = nets.generator
         self.target = theirs.arrays["image"]
         self.layers = latents.latent_layers(self.config)
@@ -311,6 +319,7 @@ class Ours:
         once = time.perf_counter() - began
         jax.block_until_ready(make())
         again = time.perf_counter() - began - once
+        self.made[seconds_of] = made
         theirs = self.theirs.seconds.get(seconds_of, math.nan)
         return Row(name or stage, compare(made), TOLERANCES[stage], theirs, again, max(once - again, 0.0))
 
@@ -446,6 +455,36 @@ class Ours:
         )
 
 
+def pictures(theirs: Mapping[str, np.ndarray], made: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Their results over ours, by names for files; uint8 [H, W, 3] each.
+
+    `images` has the target, the first image and the one after the steps; `maps` the error maps, dark for 0; `layers`
+    the segments and the layer of each; `edits` an edit at all strengths.
+
+    Args:
+      theirs: `Theirs.arrays`.
+      made: `Ours.made`, of all stages.
+    """
+    ours = {**made, "layer_map": made["layer_map"].layer_maps[0]}
+    target, high = theirs["image"], float(np.max(theirs["maps"])) or 1.0
+    palette = np.array([report.layer_colour(name) for name in LATENT_NAMES], np.uint8)
+
+    def sized(made: ArrayLike) -> np.ndarray:
+        return np.nan_to_num(api.comparable(made, target))
+
+    def rows(side: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        segments = images.label_colours(int(np.max(side["segments"])) + 1)[side["segments"]]
+        return {
+            "images": np.concatenate([target[None], sized(np.stack([side["first"], side["final"]]))]),
+            "maps": images.to_float(sheets.heat(side["maps"], high)),
+            "layers": images.to_float(np.stack([segments, palette[side["layer_map"]]])),
+            "edits": sized(side["edits"]),
+        }
+
+    pairs = zip(rows(theirs).items(), rows(ours).values(), strict=True)
+    return {name: training_report.pairs_picture(x, y, ("PyTorch", "samjax"), height=192) for (name, x), y in pairs}
+
+
 def first_steps(count: int) -> InversionConfig:
     """The settings by which `count` steps are the first of the authors' default run, before its rate falls.
 
@@ -516,10 +555,13 @@ def compare(args: Arguments, folder: Path, detectron2: Path | None) -> tuple[The
             folder=str(folder),
         )
     )
-    rows = []
-    for row in Ours(nets, theirs).rows(picture, change, settings):
+    ours, rows = Ours(nets, theirs), []
+    for row in ours.rows(picture, change, settings):
         rows.append(row)
         tell(f"{row.stage}: {'pass' if row.passed else 'fail'}")
+    if args.output_path is not None:
+        for name, image in pictures(theirs.arrays, ours.made).items():
+            images.save_png(args.output_path / f"{name}.png", image)
     return theirs, rows
 
 
@@ -530,9 +572,14 @@ def tell(line: str) -> None:
 def main(args: Arguments) -> None:
     jax.config.update("jax_platforms", "cpu")
     detectron2 = check(args)
+    if args.output_path is not None:
+        files.output_folder(args.output_path)
     with tempfile.TemporaryDirectory() as name:
         theirs, rows = compare(args, Path(name).resolve(), detectron2)
-    print(caption(args, theirs), "", *table(rows), sep="\n")
+    text = "\n".join((caption(args, theirs), "", *table(rows)))
+    print(text)
+    if args.output_path is not None:
+        files.write_text(args.output_path / "comparison.md", text + "\n")
     if not all(row.passed for row in rows):
         sys.exit(1)
 

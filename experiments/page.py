@@ -368,7 +368,7 @@ class Page:
             return
         yield {self.status: status("Writing latents, images and the report …")}
         try:
-            paths = session.save(self._named(strengths))
+            paths = session.save(session.folder, self._named(strengths))
         except UserError as error:
             yield {self.status: wrong(error)}
             return

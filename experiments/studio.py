@@ -251,13 +251,12 @@ class Session:
         """A generator's image [R, R, 3] without the rows of its letterbox."""
         return invert.full_size(self._job(self.threshold), image)
 
-    def save(self, strengths: Mapping[str, float]) -> list[Path]:
-        """Writes latents (as invert.py does), reconstruction, edited image and report; the files."""
+    def save(self, folder: Path, strengths: Mapping[str, float]) -> list[Path]:
+        """Writes latents (as invert.py does), reconstruction, edited image and report into a folder; the files."""
         assert self.done is not None
         item, stem = self.done.item, self.photograph.path.stem
         paths = [
-            self.folder / f"{stem}_{name}"
-            for name in ("latents.npz", "reconstruction.png", "edited.png", "report.html")
+            folder / f"{stem}_{name}" for name in ("latents.npz", "reconstruction.png", "edited.png", "report.html")
         ]
         latents = {f"latent_{name}": np.asarray(value) for name, value in item.latents.items()}
         files.write_npz(paths[0], latents | {"loss": item.loss, "layer_map": self.done.assignment.layer_maps[0]})

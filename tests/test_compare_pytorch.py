@@ -290,13 +290,14 @@ def run(compare, monkeypatch, *options) -> int:
 
 
 @pytest.mark.parametrize(("difference", "code"), [(1e-5, 0), (1e-3, 1), (math.nan, 1)])
-def test_exit_codes_of_stages(compare, reference, installed, monkeypatch, capsys, difference, code):
+def test_exit_codes_of_stages(compare, reference, installed, monkeypatch, capsys, tmp_path, difference, code):
     arrays = {"layer_map": np.array([[0, 0, 0, 2]]), "segments": np.array([[1, 1, 1, 5]]), "threshold": np.array(0.25)}
     row = compare.Row("encoder code", difference, compare.TOLERANCES["encoder code"], 1, 1, 1)
     monkeypatch.setattr(compare, "compare", lambda *_: (compare.Theirs(arrays, {}), [row]))
     options = ("--reference", reference, "--image_path", "x.png", "--image_category", "cars")
-    assert run(compare, monkeypatch, *options) == code
+    assert run(compare, monkeypatch, *options, "--output_path", tmp_path / "both") == code
     out = capsys.readouterr().out
+    assert (tmp_path / "both" / "comparison.md").read_text() == out
     assert "cars: 2 segments, threshold 0.25, layers W+ 75%, F6 25%" in out
     assert "| encoder code |" in out
 
@@ -366,21 +367,39 @@ def arrays(compare, vgg, nets):
 
 
 def rows_of(compare, nets, arrays, changes, monkeypatch, vgg):
-    """The table for these arrays; the recognition networks stand for ones that agree."""
+    """The table for these arrays."""
+    return ours_of(compare, nets, arrays, changes, monkeypatch, vgg)[1]
+
+
+def ours_of(compare, nets, arrays, changes, monkeypatch, vgg):
+    """Our side for these arrays, and its table; the recognition networks stand for ones that agree."""
     monkeypatch.setattr(compare.networks, "encode", lambda *_: arrays["code"])
     monkeypatch.setattr(compare.networks, "predicted_maps", lambda *_: arrays["maps"])
     monkeypatch.setattr(compare.segmentation, "ade20k", lambda *_: lambda _: arrays["segments"])
     monkeypatch.setattr(compare.weights, "load_lpips", lambda _: vgg)
     ours = compare.Ours(nets, compare.Theirs(arrays | changes, {"losses": 3.0}))
-    return {row.stage: row for row in ours.rows(arrays["picture"], arrays["direction"], compare.first_steps(2))}
+    rows = ours.rows(arrays["picture"], arrays["direction"], compare.first_steps(2))
+    return ours, {row.stage: row for row in rows}
 
 
 def test_every_stage_passes_where_both_sides_agree(compare, nets, arrays, monkeypatch, vgg):
-    rows = rows_of(compare, nets, arrays, {}, monkeypatch, vgg)
+    ours, rows = ours_of(compare, nets, arrays, {}, monkeypatch, vgg)
     assert {stage: row.difference for stage, row in rows.items() if not row.passed} == {}
     assert len(rows) == len(compare.TOLERANCES) - 1, "one of two kinds of segments"
     assert np.ptp(arrays["layer_map"]) > 1, "a picture that says something about layers"
     assert rows["losses of 2 steps"].theirs == 3.0
+    check_pictures(compare.pictures(arrays, ours.made))
+
+
+def check_pictures(pictures):
+    """Two rows, theirs over ours, that agree."""
+    assert list(pictures) == ["images", "maps", "layers", "edits"]
+    for picture in pictures.values():
+        content = picture[24:-24, 154:-24]  # without margins and the names of the sides
+        assert len(content) == 2 * 192 + 10
+        theirs, ours = content[:192].astype(int), content[-192:].astype(int)
+        assert np.abs(theirs - ours).max() <= 3
+        assert np.ptp(theirs) > 50
 
 
 @pytest.mark.parametrize(

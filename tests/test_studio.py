@@ -136,9 +136,9 @@ def test_several_directions_at_once(inverted, shared):
     assert np.abs(made - session.edit({})).max() > 0.01
 
 
-def test_downloads(inverted, shared):
+def test_downloads(inverted, shared, tmp_path):
     session, _ = inverted
-    paths = session.save({"left": 1.0, "right": 0.0})
+    paths = session.save(tmp_path, {"left": 1.0, "right": 0.0})
     assert [path.name for path in paths] == [
         "one_latents.npz", "one_reconstruction.png", "one_edited.png", "one_report.html"
     ]  # fmt: skip
