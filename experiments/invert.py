@@ -238,6 +238,11 @@ def settle_config(args: Settings, nets: networks.Networks, most: int = 8) -> Inv
     return config
 
 
+def embedded(args: Settings, nets: networks.Networks) -> bool:
+    """Whether the generator is the demo's own, so that its samples and directions belong to it."""
+    return nets.name == "demo" and args.gan_weights is None
+
+
 def generator_name(args: Settings, nets: networks.Networks) -> str:
     return nets.name if args.gan_weights is None else args.gan_weights.name
 
@@ -249,7 +254,7 @@ def measure_steps(args: Settings, config: InversionConfig) -> int:
 
 def load_directions(args: Settings, nets: networks.Networks) -> dict[str, np.ndarray]:
     """The directions to apply, by the names of their files."""
-    own = demo.EDITS if nets.name == "demo" and args.gan_weights is None else nets.edits
+    own = demo.EDITS if embedded(args, nets) else nets.edits
     folder = args.edits_folder or own
     if args.generate_edits is False or (folder is None and not args.generate_edits):
         return {}

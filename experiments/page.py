@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 import gradio.themes
+import invert
 import numpy as np
 import studio
 from studio import Session, Studio
@@ -16,6 +17,7 @@ from studio import Session, Studio
 from samjax import demo
 from samjax.errors import UserError
 from samjax.io import html_report, images, report, sheets
+from samjax.io.results import by_share
 
 BY_THRESHOLD = "by the threshold"
 SIDE = 512  # of pictures drawn for the page
@@ -74,7 +76,7 @@ def values_table(result: report.Result, picked: int | None) -> str:
     """The error of each segment in each layer; the chosen one in the layer's colour."""
     head = "".join(f"<th scope='col'>{name}</th>" for name in result.layers)
     rows = []
-    for row in sorted(result.segment_rows, key=lambda row: -row.share):
+    for row in by_share(result):
         cells = []
         for name, mean in zip(result.layers, row.means, strict=True):
             style = f" class='chosen' style='{chip(name)}'" if name == row.layer else ""
@@ -109,7 +111,7 @@ class Page:
     def __init__(self, shared: Studio):
         self.shared = shared
         layers, directions = shared.layers, list(shared.directions)
-        samples = sorted(demo.SAMPLES.glob("scene?.png")) if shared.own_demo else []
+        samples = sorted(demo.SAMPLES.glob("scene?.png")) if invert.embedded(shared.settings, shared.nets) else []
         self.samples = {path.stem: path for path in samples}
         column: dict[str, Any] = {"min_width": 300}
         with gr.Blocks(
@@ -251,7 +253,7 @@ class Page:
             return
         result = session.preview()
         high = report.heat_limit(result)
-        rows = sorted(result.segment_rows, key=lambda row: -row.share)
+        rows = by_share(result)
         on = gr.update(interactive=True)
         yield {
             self.status: status(f"{path.name}: {len(rows)} segments. Choose layers, then invert."),

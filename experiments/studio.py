@@ -49,11 +49,6 @@ class Studio(NamedTuple):
         return [layer.name for layer in self.models.layers]
 
     @property
-    def own_demo(self) -> bool:
-        """Whether the demo's samples are images of the generator's domain."""
-        return self.nets.name == "demo" and self.settings.gan_weights is None
-
-    @property
     def noise(self) -> Noise:
         return "none" if self.config.noise == "none" else "const"
 

@@ -198,7 +198,7 @@ for name in ("invertibility", "comparison"):
     display(Image(output / "inversions" / photograph.stem / f"{name}.png"))
 
 # %% [markdown]
-# `experiments/invert.py` and `experiments/app.py` take the predictor by `--inv_model_path`, the encoder by `--e4e_path`.
+# `experiments/invert.py` and `app.py` take the predictor by `--inv_model_path`, and the encoder by `--e4e_path`.
 
 # %%
 print(notebook_tools.download(output / "predictor" / "predictor"))
