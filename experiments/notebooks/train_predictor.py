@@ -69,11 +69,10 @@ from pathlib import Path
 
 spec = importlib.util.find_spec("samjax")
 found = spec.origin if spec else None
-checkout = Path(found).parents[1] if found else Path("samjax_checkout").resolve()
-if not (checkout / "experiments").is_dir():  # the programs are no part of the installed package
-    checkout = Path("samjax_checkout").resolve()
-    if not checkout.is_dir():
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, checkout], check=True)
+places = [*Path.cwd().parents, *(Path(found).parents if found else ())]  # the programs are no part of the package
+checkout = next((x for x in places if (x / "experiments" / "invert.py").is_file()), Path("samjax_checkout").resolve())
+if not checkout.is_dir():
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, checkout], check=True)
 if found is None:
     driver = re.match(r"\d+", subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader"))
     if driver:
