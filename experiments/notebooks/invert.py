@@ -49,7 +49,8 @@ from pathlib import Path
 
 spec = importlib.util.find_spec("samjax")
 found = spec.origin if spec else None
-places = [*Path.cwd().parents, *(Path(found).parents if found else ())]  # the programs are no part of the package
+# The programs are no part of the installed package.
+places = [Path.cwd(), *Path.cwd().parents, *(Path(found).parents if found else ())]
 checkout = next((x for x in places if (x / "experiments" / "invert.py").is_file()), Path("samjax_checkout").resolve())
 if not checkout.is_dir():
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, checkout], check=True)
@@ -108,12 +109,12 @@ show(report.invertibility_picture(session.preview()))
 def show_thresholds(session):
     """The layer of each segment at some thresholds; the session's own is among them."""
     known = session.preview()
-    height, width = 256, round(256 * known.image.shape[1] / known.image.shape[0])
+    height, width = 160, round(160 * known.image.shape[1] / known.image.shape[0])
     rows = {}
     for session.threshold in report.shown_thresholds(dataclasses.replace(known, thresholds=())):
         rows[f"threshold {session.threshold:.3g}"] = report.layers_overlay(session.preview(), height, width)
     session.threshold = known.threshold
-    show_row(rows)
+    show_row(rows, height=160)
 
 
 show_thresholds(session)

@@ -69,7 +69,8 @@ from pathlib import Path
 
 spec = importlib.util.find_spec("samjax")
 found = spec.origin if spec else None
-places = [*Path.cwd().parents, *(Path(found).parents if found else ())]  # the programs are no part of the package
+# The programs are no part of the installed package.
+places = [Path.cwd(), *Path.cwd().parents, *(Path(found).parents if found else ())]
 checkout = next((x for x in places if (x / "experiments" / "invert.py").is_file()), Path("samjax_checkout").resolve())
 if not checkout.is_dir():
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, checkout], check=True)
