@@ -112,6 +112,7 @@ def test_worker(benchmark):
         benchmark.Worker(__name__, "Sleep", -1)
 
 
+@pytest.mark.slow
 def test_end_to_end(benchmark, tmp_path, capsys):
     args = benchmark.Arguments(
         resolutions=(16,), batch_sizes=(1,), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"

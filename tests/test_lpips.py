@@ -20,6 +20,7 @@ from samjax.nets import blocks, lpips
 torch.set_num_threads(1)  # its waiting threads take the processor from JAX's
 
 NETS: tuple[lpips.Net, ...] = ("vgg", "alex")
+SLOW_VGG = (pytest.param("vgg", marks=pytest.mark.slow), "alex")  # where it takes half a minute to compile
 SHAPES: dict[lpips.Net, tuple[int, ...]] = {"vgg": (3, 37, 23, 3), "alex": (3, 61, 50, 3)}  # one compilation serves all
 TOLERANCE = 1e-5  # absolute; values are near 0.5, and float32 sums of some 1e6 terms differ by a few 1e-7
 
@@ -171,7 +172,7 @@ def test_gradient_is_finite_where_all_channels_are_zero():
         assert np.all(np.asarray(result) == 0)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SLOW_VGG)
 def test_one_and_many_agree_and_order_does_not_matter(net, params):
     p, x, y = params[net], random_images(7, *SHAPES[net]), random_images(8, *SHAPES[net])
     many, spatial, grad = (np.asarray(a) for a in evaluate(p, x, y, net))
@@ -350,7 +351,7 @@ def test_frozen_is_the_same(params, net):
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()  # another order of sums
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SLOW_VGG)
 def test_half_precision(params, net):
     shape = SHAPES[net]
     x, y = random_images(0, *shape), random_images(1, *shape)

@@ -51,6 +51,7 @@ def test_a_fresh_encoder_puts_out_one_style_near_the_mean(frozen):
     assert np.abs(codes - frozen.prior.mean_w).mean() < spread
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_the_mean_style_alone(frozen):
     state = encoder_training.init(ENCODER, CONFIG, frozen)
     average = np.array(state.variables["batch_stats"]["latent_avg"])
