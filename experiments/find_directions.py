@@ -262,11 +262,9 @@ def sheet(rows: list[Row], side: int = 128) -> np.ndarray:
 
 def check(args: Arguments) -> None:
     """Raises a `UserError` for numbers out of range."""
-    for flag in ("count", "samples", "images", "scored"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    if args.samples < 2:
-        raise UserError("--samples must be at least 2: their spread is measured")
+    for flag, least in {"count": 1, "samples": 2, "images": 1, "scored": 1}.items():
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} must be at least {least}, not {getattr(args, flag)}")
     if not args.typical_change > 0:
         raise UserError("--typical_change must be above 0")
 

@@ -173,9 +173,7 @@ def settle(args: Arguments) -> Job:
     nets = networks.load(args, segments_given=segments_path is not None)
     category = nets.category
     config = settle_config(args, nets, most=16 if args.sweep_thresholds else 8)
-    main_threshold = category.threshold if args.threshold is None else args.threshold
-    if not math.isfinite(main_threshold):
-        raise UserError(f"--threshold must be a number, not {main_threshold}")
+    main_threshold = settle_threshold(args, category)
     thresholds = sorted({*category.sweep(), main_threshold}) if args.sweep_thresholds else [main_threshold]
     return Job(
         nets=nets,
@@ -245,6 +243,18 @@ def embedded(args: Settings, nets: networks.Networks) -> bool:
 
 def generator_name(args: Settings, nets: networks.Networks) -> str:
     return nets.name if args.gan_weights is None else args.gan_weights.name
+
+
+def settle_threshold(args: Settings, category: Category) -> float:
+    """The threshold asked for, or the category's.
+
+    Raises:
+      UserError: it is not finite.
+    """
+    threshold = category.threshold if args.threshold is None else args.threshold
+    if not math.isfinite(threshold):
+        raise UserError(f"--threshold must be a number, not {threshold}")
+    return threshold
 
 
 def measure_steps(args: Settings, config: InversionConfig) -> int:

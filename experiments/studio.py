@@ -22,35 +22,26 @@ import numpy as np
 
 from samjax import api, editing, maps
 from samjax.config import InversionConfig
-from samjax.errors import UserError
 from samjax.inversion import Progress
 from samjax.io import files, images, report
-from samjax.nets.stylegan2 import Noise
 
 T = TypeVar("T")
 
 
 class Studio(NamedTuple):
-    """What all sessions share: the settings, the networks, and the directions [num_ws, w_dim] by name."""
+    """What all sessions share: the settings, the networks, the directions [num_ws, w_dim] by name, and the threshold
+    to begin with."""
 
     settings: invert.Settings
     nets: networks.Networks
     config: InversionConfig
     models: api.Models
     directions: dict[str, np.ndarray]
-
-    @property
-    def threshold(self) -> float:
-        given = self.settings.threshold
-        return self.nets.category.threshold if given is None else given
+    threshold: float
 
     @property
     def layers(self) -> list[str]:
         return [layer.name for layer in self.models.layers]
-
-    @property
-    def noise(self) -> Noise:
-        return "none" if self.config.noise == "none" else "const"
 
 
 def load(settings: invert.Settings) -> Studio:
@@ -59,12 +50,11 @@ def load(settings: invert.Settings) -> Studio:
     Raises:
       UserError: as in invert.py.
     """
-    if settings.threshold is not None and not math.isfinite(settings.threshold):
-        raise UserError(f"--threshold must be a number, not {settings.threshold}")
     nets = networks.load(settings)
+    threshold = invert.settle_threshold(settings, nets.category)
     config = invert.settle_config(settings, nets)
     models = api.load_models(nets.generator, config, seed=settings.seed)
-    return Studio(settings, nets, config, models, invert.load_directions(settings, nets))
+    return Studio(settings, nets, config, models, invert.load_directions(settings, nets), threshold)
 
 
 class StoppedError(Exception):
@@ -202,7 +192,12 @@ class Session:
         item = invert.Inverted(result.latents, result.masks, result.images[0], np.asarray(result.terms.total)[:, 0])
         generator, precision = studio.models.generator, studio.config.matmul_precision
         features = editing.record(
-            generator.config, generator.params, item.latents, item.masks, noise=studio.noise, precision=precision
+            generator.config,
+            generator.params,
+            item.latents,
+            item.masks,
+            noise=studio.config.stored_noise,
+            precision=precision,
         )
         self.done = Done(threshold, forced, assignment, item, features, time.perf_counter() - began)
         self.edit(dict.fromkeys(studio.directions, 1.0))  # compiles, so that the first edit is as fast as the next
@@ -226,7 +221,7 @@ class Session:
         way = sum(strength * studio.directions[name] for name, strength in strengths.items())
         image = editing.apply(
             generator.config, generator.params, jnp.asarray(item.latents["W+"]), self.done.features, item.masks,
-            jnp.asarray(way)[None], jnp.ones(1), noise=studio.noise, precision=studio.config.matmul_precision,
+            jnp.asarray(way)[None], jnp.ones(1), noise=studio.config.stored_noise, precision=studio.config.matmul_precision,
         )  # fmt: skip
         return np.clip(np.asarray(image[0]), -1, 1)
 

@@ -27,7 +27,7 @@ from samjax.inversion import Items, Networks, Progress, Terms
 from samjax.invertibility import Measured
 from samjax.io import checkpoints, weights
 from samjax.latents import LatentLayer, init_latents, latent_layers
-from samjax.nets import lpips, stylegan2
+from samjax.nets import lpips
 
 OnProgress = Callable[[Progress], None] | None
 
@@ -184,10 +184,9 @@ def _even_batches(config: InversionConfig, count: int) -> InversionConfig:
 
 def render(models: Models, latents: Mapping[str, Any], masks: Mapping[str, Any]) -> np.ndarray:
     """Images [T, R, R, 3] of latents, with the stored noise."""
-    noise = "none" if models.config.noise == "none" else "const"
     return inversion.render(
         models.generator.config, models.generator.params, latents, masks,
-        noise=noise, precision=models.config.matmul_precision, batch_size=models.config.batch_size,
+        noise=models.config.stored_noise, precision=models.config.matmul_precision, batch_size=models.config.batch_size,
     )  # fmt: skip
 
 
@@ -296,9 +295,8 @@ def edit_all(
 ) -> np.ndarray:
     """Edits of one image (leading axis 1) along directions [D, num_ws, w_dim], in few passes; [D, S, R, R, 3]."""
     config, count = models.generator.config, len(np.asarray(directions)) * len(strengths)
-    noise: stylegan2.Noise = "none" if models.config.noise == "none" else "const"
     at_once = 4 if jax.default_backend() == "cpu" else 16  # a CPU is not faster with more
     return editing.edit(
         config, models.generator.params, latents, masks, directions, strengths,
-        noise=noise, precision=models.config.matmul_precision, batch_size=max(min(at_once, count), 1),
+        noise=models.config.stored_noise, precision=models.config.matmul_precision, batch_size=max(min(at_once, count), 1),
     )  # fmt: skip

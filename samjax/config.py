@@ -80,6 +80,11 @@ class InversionConfig:
         """Of float32 products, for `jax.default_matmul_precision`."""
         return "highest" if self.precision == "bfloat16" else self.precision
 
+    @property
+    def stored_noise(self) -> Literal["const", "none"]:
+        """Of images that are drawn from finished latents: no new noise."""
+        return "none" if self.noise == "none" else "const"
+
 
 def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConfig:
     """`config` with another course: the authors' ("reference"), or a third of its steps ("fast"); None for its own.

@@ -134,8 +134,7 @@ def measured(
     result = inversion.run(generator, networks, Items(repeated, masks, start, seeds), config, on_progress=on_progress)
 
     shared = {"precision": config.matmul_precision, "batch_size": config.batch_size}
-    noise = "none" if config.noise == "none" else "const"
-    images = render(generator, networks.generator, result.latents, masks, noise=noise, **shared)
+    images = render(generator, networks.generator, result.latents, masks, noise=config.stored_noise, **shared)
     params = networks.lpips if map_params is None else map_params
     maps = spatial_maps(params, images, repeated, net=map_net or config.lpips_type, **shared)
     by_target = lambda x: np.asarray(x).reshape(count, each, *x.shape[1:])  # noqa: E731
