@@ -1,4 +1,4 @@
-"""The command line: `python -m ckpt_convert SOURCE OUT_DIR`, `… get CATEGORY` and `… export OUT_DIR FILE`."""
+"""Command line of the converter; see `python -m ckpt_convert --help`."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import Any
 from samjax.errors import UserError
 
 _CONVERT = """\
-Converts a network into a folder that samjax reads.
+Converts a network to a directory that samjax loads.
 
 SOURCE is one of:
-  .pkl          of NVIDIA's PyTorch repositories (stylegan2-ada-pytorch, stylegan3): its G_ema
-  .pkl          of NVIDIA's TensorFlow repositories (stylegan2, stylegan2-ada): its Gs
+  .pkl          of NVIDIA's PyTorch repositories (stylegan2-ada-pytorch, stylegan3): G_ema is converted
+  .pkl          of NVIDIA's TensorFlow repositories (stylegan2, stylegan2-ada): Gs is converted
   .pt           of rosinality's stylegan2-pytorch (g_ema), or of an encoder with its generator (e4e, pSp: decoder.*)
-  .pt           e4e_*_encode.pt: its encoder, with --network e4e
-  .pt           invertibility_*_sg2.pt, or what the authors' training of the predictor writes
+  .pt           e4e_*_encode.pt: with --network e4e the encoder is converted
+  .pt           invertibility_*_sg2.pt, or the files that the authors' training of the predictor writes in an epoch
   .pth .pth     encoder_epoch_20.pth and decoder_epoch_20.pth of the ADE20K segmenter, both
   .pth          79999_iter.pth of the face parser
   .pkl          model_final_*.pkl of Detectron2's panoptic_fpn_R_101_3x
-  .safetensors  that this program exported
+  .safetensors  exported by this program
 
-What it is, its format and its sizes are found in the file. Neither PyTorch nor TensorFlow is needed, and nothing
-that the file carries is run. OUT_DIR appears whole: an Orbax checkpoint and manifest.json, which says what it is.
+The kind of network, the format and the sizes are detected from the file. PyTorch and TensorFlow are not needed, and
+nothing in the file is executed. OUT_DIR is written atomically: an Orbax checkpoint, and manifest.json, which describes
+the network.
 
-All files of an official category, downloaded and converted (see `get --help`):
+To download and convert all files of an official category (see `get --help`):
   python -m ckpt_convert get cars|faces|cats
-The other way, for generators and for invertibility predictors:
+To export generators and invertibility predictors to PyTorch (see `export --help`):
   python -m ckpt_convert export OUT_DIR FILE.safetensors --names nvidia|rosinality
   python -m ckpt_convert export OUT_DIR FILE.pt --names sam
 """
 _EXPORT = """\
-Writes a network of samjax with the names and layouts of a PyTorch program, whose network then loads it. A generator
-becomes a safetensors file: safetensors.torch.load_file(FILE) gives the state dict. An invertibility predictor becomes
-a .pt file like those that SAM's authors publish, with sd_base and a state dict for each layer.
-Converted back, they are the same to the last bit.
+Writes a network of samjax with the names and layouts of a PyTorch program, which can load it. A generator becomes a
+safetensors file: safetensors.torch.load_file(FILE) returns the state dict. An invertibility predictor becomes a .pt
+file like those that SAM's authors publish, with sd_base and a state dict for each layer.
+Converting the file back restores the same bits.
 """
 
 
@@ -45,12 +46,14 @@ def _export(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m ckpt_convert export", description=_EXPORT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("network", metavar="OUT_DIR", help="a converted generator, or an invertibility predictor")
-    parser.add_argument("file", metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "network", metavar="OUT_DIR", help="the directory of a converted generator or invertibility predictor"
+    )
+    parser.add_argument("file", metavar="FILE", help="the file to write; one that exists is replaced")
     parser.add_argument(
         "--names", choices=("nvidia", "rosinality", "sam"), required=True,
-        help="nvidia: Generator of stylegan2-ada-pytorch and stylegan3; rosinality: Generator of stylegan2-pytorch,"
-        " with latent_avg beside it; sam: the invertibility predictor",
+        help="the program to write for: nvidia, the Generator of stylegan2-ada-pytorch and stylegan3; rosinality, the"
+        " Generator of stylegan2-pytorch, with latent_avg; sam, the invertibility predictor of SAM's authors",
     )  # fmt: skip
     args = parser.parse_args(arguments)
     from ckpt_convert import convert
@@ -62,10 +65,10 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 _GET = """\
-Fetches every file of an official category and converts it, so that experiments/invert.py --image_category finds it.
+Downloads all files of an official category and converts them, for --image_category of samjax's programs.
 
-What is already in the cache, or in the folder given by --weights under its authors' name, is not fetched again; a
-broken download goes on where it was. Each file is under its authors' own licence, which is printed.
+Files that are in the cache, or in the directory --weights under their authors' names, are not downloaded again; an
+interrupted download is resumed. Each file is under its authors' own license, which is printed.
 """
 
 
@@ -75,9 +78,15 @@ def _get(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m ckpt_convert get", description=_GET, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("category", choices=tuple(registry.CATEGORY_FILES))
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="a folder with files already there")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where to keep it; else SAMJAX_CACHE or the system's")
+    parser.add_argument("category", choices=tuple(registry.CATEGORY_FILES), help="the category to download")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="a directory with files that are downloaded already; default: none"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR",
+        help="the directory for downloads and converted networks; default: the environment variable SAMJAX_CACHE, or"
+        " samjax in the user's cache directory",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     from ckpt_convert import get
 
@@ -91,9 +100,17 @@ def _convert(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m ckpt_convert", description=_CONVERT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="the checkpoint file, or its parts")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="the folder to write; replaced if it holds the same source")
-    parser.add_argument("--network", choices=tuple(NETWORKS), help="which one, where a file holds several")
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="the checkpoint file, or the files of its parts")
+    parser.add_argument(
+        "out_dir",
+        metavar="OUT_DIR",
+        help="the directory to write; it is replaced if it was converted from the same source",
+    )
+    parser.add_argument(
+        "--network",
+        choices=tuple(NETWORKS),
+        help="the kind of network to convert; default: the one that SOURCE holds, or its generator if it holds several",
+    )
     args = parser.parse_args(arguments)
     from ckpt_convert import convert
 
@@ -104,7 +121,7 @@ def _convert(arguments: Sequence[str]) -> None:
 
 
 def describe(config: Any, manifest: Mapping[str, Any]) -> str:
-    """A converted network in one line."""
+    """Describes a converted network in one line."""
     if hasattr(config, "num_ws"):
         labels = f", {config.c_dim} labels" if config.c_dim else ""
         return f"{manifest['source_format']}, {config.img_resolution} px, {config.num_ws} styles{labels}"
@@ -112,7 +129,14 @@ def describe(config: Any, manifest: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit code: 0; 2 for bad input; 130 for Ctrl-C."""
+    """Runs the program.
+
+    Args:
+      arguments: of the command line. Default: `sys.argv[1:]`.
+
+    Returns:
+      The exit code: 0, 2 for an error, or 130 if interrupted.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["export"]:

@@ -10,7 +10,7 @@ from ckpt_convert.formats.arrays import Stored
 from samjax.errors import UserError
 from samjax.nets.ade20k import ADE20KConfig
 
-# Names that tell the two files from each other and from those of other networks.
+# Names by which the two files are recognized.
 _ENCODER = {"conv1.weight", "conv2.weight", "conv3.weight", "layer4.0.conv1.weight"}
 _DECODER = {"ppm.0.1.weight", "conv_last.0.weight", "conv_last.4.weight"}
 
@@ -63,7 +63,7 @@ NETWORK = tables.Network(
     ),
     find=_find,
     config=_config,
-    # What synchronised batch normalisation keeps for itself, the classifier of the ResNet, the deep supervision.
+    # Buffers of synchronized batch normalization, the classifier of the ResNet, and the heads for deep supervision.
     ignored=r".*\.(num_batches_tracked|_tmp_running_mean|_tmp_running_var|_running_iter)"
     r"|encoder\.fc\..*|decoder\.(cbr|conv_last)_deepsup\..*",
 )

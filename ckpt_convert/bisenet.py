@@ -41,6 +41,6 @@ NETWORK = tables.Network(
     rows=tables.torch_rows(*tables.RESNET),
     find=_find,
     config=_config,
-    # The heads at 1/8 and 1/16 of the size, which serve training, and the classifier of the ResNet.
+    # The heads at 1/8 and 1/16 of the size, which only training uses, and the classifier of the ResNet.
     ignored=r".*\.num_batches_tracked|conv_out(16|32)\..*|cp\.resnet\.fc\..*",
 )

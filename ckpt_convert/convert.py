@@ -1,4 +1,4 @@
-"""From a file of any known format to a folder of ours, and from a folder to a file that PyTorch reads."""
+"""Converting a file of any known format to a directory of samjax, and a network of samjax to a file for PyTorch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ckpt_convert.formats import arrays, nvidia, rosinality, safetensors, tensor
 from ckpt_convert.formats.arrays import Checkpoint, Loaded, Stored, View
 from samjax.errors import UserError
 from samjax.io import checkpoints, pickles
+from samjax.io.checkpoints import LoadedNetwork
 from samjax.nets import stylegan2
 from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
@@ -27,7 +28,7 @@ Names = Literal["nvidia", "rosinality", "sam"]
 Sources = str | Path | Sequence[str | Path]
 
 RECOGNITION = (e4e.NETWORK, deeplab.NETWORK, ade20k.NETWORK, bisenet.NETWORK, mask_rcnn.NETWORK)
-"""Networks that look at images, beside the generator that makes them."""
+"""The tables of all networks other than the generator."""
 
 _NVIDIA_LICENCE = (
     "networks that NVIDIA published are under its source code licence, for non-commercial use; a network of your own"
@@ -38,11 +39,11 @@ _LICENCES = {
     "tensorflow": _NVIDIA_LICENCE,
     "rosinality": (
         "the file states none: networks converted from NVIDIA's are under its source code licence, for non-commercial"
-        " use; others are under the terms of whoever trained them"
+        " use; others are under the terms set by those who trained them"
     ),
-    "samjax": "that of the generator it was made from",
+    "samjax": "that of the original generator",
 }
-_OTHERS = {  # how other files begin, and what they are
+_OTHERS = {  # the first bytes of other formats
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"\x1f\x8b": "a gzip archive: unpack it first",
@@ -56,7 +57,13 @@ _OTHERS = {  # how other files begin, and what they are
 
 
 class Converted(NamedTuple):
-    """What `read` found: the config, whose type says which network, arrays by our flat names, and what to say of it."""
+    """A network read from a file.
+
+    Attributes:
+      config: its sizes; the type tells the kind of network.
+      params: arrays by samjax's flat names; see `samjax.io.checkpoints.flatten`.
+      manifest: source, format, license and notes.
+    """
 
     config: Any
     params: dict[str, np.ndarray]
@@ -64,7 +71,7 @@ class Converted(NamedTuple):
 
 
 class Unpacked(NamedTuple):
-    """What a file holds, as plain Python; its arrays are views of the file."""
+    """The contents of a file as plain Python objects; arrays are read on demand."""
 
     kind: Literal["torch", "safetensors", "pickle"]
     held: Any
@@ -73,20 +80,24 @@ class Unpacked(NamedTuple):
 # --- reading ---
 
 
-def unpack(data: memoryview) -> Unpacked:
-    """What a file holds, whose format its first bytes tell.
+def unpack(path: Path, data: memoryview) -> Unpacked:
+    """Reads a file, whose format is told by its first bytes.
+
+    Args:
+      path: of the file.
+      data: its contents, memory-mapped.
 
     Raises:
-      UserError: it is no file of a known format, is damaged, or names what is not on the allow list.
+      UserError: if the format is unknown, the file is damaged, or it names something outside of the allow list.
     """
     if data[:2] == b"PK" or data[: len(torch_file.LEGACY_START)] == torch_file.LEGACY_START:
         return Unpacked("torch", torch_file.read(data))
     if safetensors.looks_like(data):
-        return Unpacked("safetensors", safetensors.read(data))
+        return Unpacked("safetensors", safetensors.read(path))
     for start, what in _OTHERS.items():
         if data[: len(start)] == start:
             raise UserError(f"it is {what}, not a checkpoint")
-    # Protocol 2 and above; none of the programs used an older one.
+    # Pickle protocols from 2 on; none of the programs used an older one.
     if data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         allowed = {**nvidia.names(), **tensorflow.names()}
         return Unpacked("pickle", pickles.load(View(data), allowed, encoding="latin1"))
@@ -97,10 +108,10 @@ def unpack(data: memoryview) -> Unpacked:
 
 
 def generator(file: Unpacked) -> Checkpoint:
-    """The generator in a file.
+    """Finds the generator in a file.
 
     Raises:
-      UserError: it holds no generator that samjax has.
+      UserError: if there is none, or it is of a kind that samjax does not support.
     """
     if file.kind == "torch":
         return rosinality.checkpoint(file.held)
@@ -115,7 +126,7 @@ def generator(file: Unpacked) -> Checkpoint:
 
 
 def _safetensors(held: Mapping[str, Stored], metadata: Mapping[str, str]) -> Checkpoint:
-    # Files that are not ours of any kind may still have names that are known.
+    # Files that other programs wrote may still use known names.
     known = (key for key, table in stylegan2_tables.NAMINGS.items() if table.find("synthesis/b4/const")[0] in held)
     naming = metadata.get("names") or next(known, "")
     if naming not in stylegan2_tables.NAMINGS:
@@ -129,33 +140,36 @@ def _safetensors(held: Mapping[str, Stored], metadata: Mapping[str, str]) -> Che
 
 
 def read(sources: Sources, network: str | None = None) -> Converted:
-    """The network in a file of any known format.
+    """Reads the network in a file of any known format.
 
     Args:
       sources: path of an NVIDIA pickle (PyTorch or TensorFlow), of a torch file in rosinality's layout, of a
-        safetensors file of ours, or of the weights of a recognition network (`RECOGNITION`); a
-        list of paths for one that its authors distribute in parts.
-      network: which one is wanted, a key of `samjax.io.checkpoints.NETWORKS`; None for what the file holds. An
-        encoder's checkpoint holds its generator too, and gives that unless "e4e" is asked for.
+        safetensors file written by samjax, or of the weights of a recognition network (`RECOGNITION`); a list of paths
+        for a network distributed in parts.
+      network: the expected kind, a key of `samjax.io.checkpoints.NETWORKS`. Default: the kind that the file holds. The
+        checkpoint of an encoder holds its generator too, which is the default; "e4e" selects the encoder.
+
+    Returns:
+      Config, arrays by flat names, and the manifest.
 
     Raises:
-      UserError: a file is missing, damaged or of something else; or it names what is not on the allow list.
+      UserError: if a file is missing, damaged, of something else, or names something outside of the allow list.
     """
     paths = [Path(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     mapped = [arrays.map_file(path) for path in paths]
     try:
-        files = [unpack(data) for data in mapped]
+        files = [unpack(path, data) for path, data in zip(paths, mapped, strict=True)]
         found = _recognition(files, [path.name for path in paths], network)
         config, params, notes, what, licence = found or _generator(files)
         for name, values in params.items():
-            # One array at a time out of the file, whose pages are given back: at no time are there two whole copies.
+            # One array at a time, releasing the mapped pages, so that there are never two copies of all arrays.
             params[name] = np.array(values, order="C")
             for data in mapped:
                 arrays.release(data)
     except UserError as error:
         raise UserError(f"{_names(paths, str)}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Values of kinds and sizes that no program writes, and for which nothing above has words of its own.
+        # Values of types and sizes that no program writes.
         raise UserError(
             f"{_names(paths, str)}: damaged ({type(error).__name__}: {error}): fetch or copy it again"
         ) from error
@@ -180,7 +194,7 @@ def _names(paths: Sequence[Path], of: Callable[[Path], str]) -> str:
 
 
 def _recognition(files: Sequence[Unpacked], names: Sequence[str], network: str | None) -> _Found | None:
-    """The recognition network in `files`, if it is what is wanted."""
+    """Finds the recognition network in `files`; None if the generator is wanted instead."""
     held = [file.held for file in files]
     if (whole := deeplab.of_epoch(dict(zip(names, held, strict=True)))) is not None:
         held = [whole]
@@ -208,14 +222,14 @@ class _Found(NamedTuple):
 
 def _generator(files: Sequence[Unpacked]) -> _Found:
     if len(files) > 1:
-        raise UserError("files that do not belong together: a generator lies in one")
+        raise UserError("files that do not belong together: a generator is one file")
     found = generator(files[0])
     naming, held, notes = stylegan2_tables.NAMINGS[found.naming], dict(found.arrays), list(found.notes)
     if found.format.startswith("decoder"):
         notes.append("the file holds an encoder too: --network e4e converts it, where it is e4e's")
     estimate = found.naming == "rosinality" and "latent_avg" not in held
     if estimate and "style.1.bias" in held:
-        # Checkpoints of rosinality's own training have none, and its programs estimate it as is done here.
+        # Checkpoints of rosinality's training program lack it; its other programs estimate it in the same way.
         held["latent_avg"] = Loaded(np.zeros(held["style.1.bias"].shape, np.float32))
         notes.append("the file has no latent_avg: w_avg is the mean of 16,384 mapped samples")
     config = stylegan2_tables.infer_config(naming, held, found.settings)
@@ -245,17 +259,30 @@ def _sha256(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def load(source: Sources, network: str | None = None) -> LoadedNetwork:
+    """Loads a network from a file of any known format, converted or not; see `ckpt_convert.load`."""
+    if isinstance(source, str | Path) and (found := checkpoints.network_at(source)):
+        return checkpoints.load_network(source, network or found)
+    config, params, manifest = read(source, network)
+    return LoadedNetwork(config, checkpoints.to_device(params), manifest)
+
+
 def convert(sources: Sources, out_dir: str | Path, network: str | None = None) -> Converted:
-    """Reads the network in the files `sources` and writes it to the folder `out_dir`.
+    """Converts the network in a file to a directory.
+
+    Args:
+      sources: path of the file, or paths of its parts; see `read`.
+      out_dir: the directory to write; it is replaced if it holds a network of the same source.
+      network: the expected kind; see `read`.
 
     Returns:
-      What was written.
+      The network that was written.
 
     Raises:
-      UserError: as `read`, and as `samjax.io.checkpoints.save_network`.
+      UserError: as `read` and `samjax.io.checkpoints.save_network` do.
     """
     if not (Path(out_dir) / checkpoints.MANIFEST).is_file():
-        checkpoints.check_writable(out_dir, {})  # before the work; whose an older network is shows only after it
+        checkpoints.check_writable(out_dir, {})  # early; an older network's source is compared on saving
     found = read(sources, network)
     checkpoints.save_network(out_dir, found.config, checkpoints.unflatten(found.params), found.manifest)
     return found
@@ -265,30 +292,30 @@ def convert(sources: Sources, out_dir: str | Path, network: str | None = None) -
 
 
 def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
-    """Writes a converted network with the names and layouts of another program.
+    """Writes a network with the names and layouts of another program.
 
-    `read` reads such a file back to the same bits. A generator becomes a safetensors file of its state dict, with the
-    config in the metadata; an invertibility predictor ("sam") a file of `torch.save` like the authors' published ones.
+    A generator becomes a safetensors file of its state dict with the config in the metadata; an invertibility predictor
+    ("sam") becomes a file of `torch.save` like those that SAM's authors publish. `read` restores the same bits.
 
     Args:
-      folder: of the network; see `samjax.io.checkpoints.load_network`.
+      folder: of the converted network; see `samjax.io.checkpoints.load_network`.
       path: of the file; one that exists is replaced.
-      names: whose names.
+      names: the program whose names to use.
 
     Returns:
-      What a user of the file should know.
+      Notes for users of the file, such as differences between the programs.
 
     Raises:
-      UserError: there is no such network at `folder`, the other program's cannot hold it, or `path` cannot be written.
+      UserError: if there is no such network, the other program cannot hold it, or `path` cannot be written.
     """
     return _export_predictor(folder, path) if names == "sam" else _export_generator(folder, path, names)
 
 
 def _export_predictor(folder: str | Path, path: str | Path) -> list[str]:
-    config, variables, _ = checkpoints.load_network(folder, "invertibility")
-    torch_file.write(path, deeplab.to_theirs(checkpoints.flatten(variables)))
+    config, params, _ = checkpoints.load_network(folder, "invertibility")
+    torch_file.write(path, deeplab.to_theirs(checkpoints.flatten(params)))
     if config != dataclasses.replace(PredictorConfig(), latent_names=config.latent_names):
-        return ["the authors' program has predictors of its own size only (a ResNet-101), and this one is another"]
+        return ["the authors' program loads predictors of its own size only (a ResNet-101); this one has another"]
     return []
 
 
@@ -306,7 +333,7 @@ def _export_generator(folder: str | Path, path: str | Path, names: Names) -> lis
     if names == "rosinality":
         if config.conv_clamp is not None:
             notes.append(
-                f"rosinality's network has no conv_clamp; where values pass {config.conv_clamp:g}, images differ"
+                f"rosinality's network has no conv_clamp; where values exceed {config.conv_clamp:g}, images differ"
             )
         if config.z_dim != config.w_dim or any(config.channels(r) != 512 for r in config.block_resolutions if r <= 32):
             notes.append(

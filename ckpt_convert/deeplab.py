@@ -1,8 +1,9 @@
-"""The invertibility predictor in the authors' files: their names, and the config that the shapes tell.
+"""The invertibility predictor in the authors' files: the table of names, and the config inferred from shapes.
 
-A published file is a dictionary of state dicts: `sd_base`, and one for each latent layer by its name. Here their arrays
-are in one dictionary, as `sd_base.backbone.conv1.weight` and `W+.m.0.weight`; no key of the file has a dot, so that
-the first dot divides a name again. The authors' training writes the same state dicts as a file each: see `of_epoch`.
+A published file is a dictionary of state dicts: `sd_base`, and one for each latent layer under its name. Here their
+arrays are merged into one dictionary, as `sd_base.backbone.conv1.weight` and `W+.m.0.weight`; the keys of the file have
+no dots, so the first dot separates the two again. The authors' training writes each state dict to a file of its own;
+see `of_epoch`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 from ckpt_convert import tables
 from ckpt_convert.formats.arrays import Stored
 from ckpt_convert.tables import RESNET, Layout, Network, Row, torch_rows
-from samjax.config import LATENT_NAMES
 from samjax.errors import UserError
+from samjax.latents import LATENT_NAMES
 from samjax.nets.deeplab import PredictorConfig
 
 _BASE = "sd_base"
@@ -25,7 +26,7 @@ _MAX_SIZE = 2**16  # of any entry of a config
 _EPOCH_FILE = re.compile(r"(\d+)_(?:main|head_(.+))\.pt")
 _EPOCH_FILES = "NNN_main.pt and NNN_head_W+.pt, NNN_head_F4.pt, … of one epoch"
 
-TURNED_DECONV = Layout(  # [I, O, k, k] in torch; with stride 1, the convolution of the kernel turned by 180 degrees
+FLIPPED_DECONV = Layout(  # [I, O, k, k] in torch; with stride 1 it is a convolution with the flipped kernel
     lambda a: a.transpose(2, 3, 0, 1)[::-1, ::-1], lambda a: a[::-1, ::-1].transpose(2, 3, 0, 1)
 )
 
@@ -43,8 +44,8 @@ _BASE_MODULES = (
 )
 
 ROWS = (
-    Row(r"params/head_([^/]+)/conv1/kernel", "{}.m.0.weight".format, TURNED_DECONV),
-    Row(r"params/head_([^/]+)/conv2/kernel", "{}.m.3.weight".format, TURNED_DECONV),
+    Row(r"params/head_([^/]+)/conv1/kernel", "{}.m.0.weight".format, FLIPPED_DECONV),
+    Row(r"params/head_([^/]+)/conv2/kernel", "{}.m.3.weight".format, FLIPPED_DECONV),
     *torch_rows(
         (r"head_([^/]+)/conv1", "{}.m.0"),
         (r"head_([^/]+)/bn1", "{}.m.1"),
@@ -55,18 +56,18 @@ ROWS = (
 
 
 def of_epoch(files: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The files that the authors' training writes after an epoch, as the one dictionary of a published file.
+    """Joins the files that the authors' training writes after an epoch to the dictionary of a published file.
 
-    What is inside of a head's file does not say whose head it is; its name does.
+    Only the name of a head's file tells which layer the head is for.
 
     Args:
-      files: what each holds, by file name without folders: "099_main.pt", "099_head_W+.pt", ...
+      files: the contents of each by file name without directories: "099_main.pt", "099_head_W+.pt", ...
 
     Returns:
-      For `find`; None if some file has another name.
+      The dictionary for `find`; None if any file has another name.
 
     Raises:
-      UserError: they are of several epochs, or the base or all heads are missing.
+      UserError: if the files are of several epochs, or the base or all heads are missing.
     """
     matches = {name: _EPOCH_FILE.fullmatch(name) for name in files}
     if not matches or None in matches.values():
@@ -79,14 +80,14 @@ def of_epoch(files: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def find(objects: Sequence[Any]) -> dict[str, Stored] | None:
-    """The predictor's arrays in a published file, by the names above; see `tables.Network`."""
+    """Finds the predictor's arrays in a published file; see `tables.Network`."""
     if not any(isinstance(found, dict) and _BASE in found for found in objects):
         states = [tables.state_dict(found) or {} for found in objects]
         if any("aspp.conv1.weight" in state or "m.0.weight" in state for state in states):
             raise UserError(f"a part of an invertibility predictor: give {_EPOCH_FILES}, with these names")
         return None
     if len(objects) != 1:
-        raise UserError(f"a file with {_BASE} is an invertibility predictor of its own: give it alone")
+        raise UserError(f"a file with {_BASE} is a whole invertibility predictor: give it alone")
     names = [name for name in objects[0] if name != _BASE]
     if not names or not set(names) <= set(LATENT_NAMES):
         listed = ", ".join(str(name)[:40] for name in names[:8]) or "none"
@@ -104,10 +105,10 @@ def find(objects: Sequence[Any]) -> dict[str, Stored] | None:
 
 
 def config(arrays: Mapping[str, Stored]) -> PredictorConfig:
-    """The sizes of the predictor in a file, as `find` gives it.
+    """Infers the config from the arrays that `find` returns.
 
     Raises:
-      UserError: no predictor of any size has such arrays.
+      UserError: if no predictor of any size has such arrays.
     """
 
     def size(name: str) -> int:
@@ -139,13 +140,17 @@ def config(arrays: Mapping[str, Stored]) -> PredictorConfig:
         raise UserError(f"no invertibility predictor: {error}") from error
 
 
-def to_theirs(variables: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """A predictor's variables, by our flat names, as the dictionary of state dicts in a published file.
+def to_theirs(params: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Converts a predictor to the dictionary of state dicts of a published file.
 
-    PyTorch counts the batches that each batch normalisation has seen, for nothing that matters here: zeros.
+    Args:
+      params: arrays by samjax's flat names.
+
+    Returns:
+      State dicts by part. PyTorch's `num_batches_tracked`, which inference does not use, is zero.
     """
     parts: dict[str, dict[str, np.ndarray]] = {}
-    for path, value in variables.items():
+    for path, value in params.items():
         name, layout = tables.find(ROWS, path)
         part, _, rest = name.partition(".")
         state = parts.setdefault(part, {})

@@ -1,6 +1,6 @@
-"""Edit directions as people have them: the authors' .npy, InterFaceGAN's .npy and .pt, GANSpace's .pt and .npz.
+"""Reading directions as other programs write them: SAM's .npy, InterFaceGAN's .npy and .pt, GANSpace's .pt and .npz.
 
-A file of GANSpace holds many: its principal components, of which one unit here is one standard deviation.
+A file of GANSpace holds many directions, its principal components. They are scaled to one standard deviation each.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ import numpy as np
 
 from ckpt_convert.formats import torch_file
 from ckpt_convert.formats.torch_file import Tensor
-from samjax import editing
 from samjax.errors import UserError
+from samjax.io import directions
 
-SUFFIXES = (".npy", ".npz", ".safetensors", ".pt")
-# Names of components, mean and standard deviations: in e4e's files, and as GANSpace itself writes them.
+SUFFIXES = (*directions.SUFFIXES, ".pt")
+# Names of components and standard deviations: in e4e's files, and in those that GANSpace itself writes.
 _GANSPACE = (("comp", "std"), ("lat_comp", "lat_stdev"))
 
 
-def read(path: str | Path, num_ws: int, w_dim: int, *, most: int = 8) -> dict[str, np.ndarray]:
-    """The directions in a file, by name: the file's, with a number where there are several.
+def read(path: str | Path, num_ws: int, w_dim: int, *, max_components: int = 8) -> dict[str, np.ndarray]:
+    """Reads the directions in a file. Nothing in it is executed.
 
     Args:
-      path: one of `SUFFIXES`.
-      num_ws: styles that the generator takes.
-      w_dim: entries of each.
-      most: components of a GANSpace file that are taken.
+      path: of the file, with one of `SUFFIXES`.
+      num_ws: number of styles that the generator takes.
+      w_dim: dimension of a style.
+      max_components: how many components of a GANSpace file to return.
 
     Returns:
-      {name: [num_ws, w_dim] float32}.
+      {name: [num_ws, w_dim] float32}; the name is the file's, followed by a number for GANSpace's components.
 
     Raises:
-      UserError: no such file, damaged, of another kind or shape. Nothing in the file is executed.
+      UserError: if the file is missing, damaged, or of another format or shape.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a direction as {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: no such file; give a direction as {directions.listed(SUFFIXES)}")
     if kind == ".pt":
         found = _torch(path)
     elif kind == ".npz":
@@ -46,19 +46,36 @@ def read(path: str | Path, num_ws: int, w_dim: int, *, most: int = 8) -> dict[st
     else:
         found = None
     if not isinstance(found, dict):
-        one = editing.load_direction(path, num_ws, w_dim) if found is None else found
-        return {path.stem: editing.check_direction(one, num_ws, w_dim, path)}
+        one = directions.read(path, num_ws, w_dim) if found is None else found
+        return {path.stem: directions.check(one, num_ws, w_dim, path)}
     for components, deviations in _GANSPACE:
         if components in found and deviations in found:
-            return _components(found[components], found[deviations], num_ws, w_dim, most, path)
+            return _components(found[components], found[deviations], num_ws, w_dim, max_components, path)
     raise UserError(
         f"{path}: holds {', '.join(map(str, list(found)[:5])) or 'nothing'}, neither a direction nor GANSpace's"
         " components (comp and std)"
     )
 
 
+def read_folder(folder: str | Path, num_ws: int, w_dim: int) -> dict[str, np.ndarray]:
+    """Reads all directions in a directory; see `samjax.io.directions.read_folder`.
+
+    Args:
+      folder: of the files with one of `SUFFIXES`; others are ignored.
+      num_ws: number of styles that the generator takes.
+      w_dim: dimension of a style.
+
+    Returns:
+      {name: [num_ws, w_dim] float32}, as `read` names them.
+
+    Raises:
+      UserError: if `folder` is not a directory, holds no directions, or one of them cannot be read.
+    """
+    return directions.read_folder(folder, num_ws, w_dim, suffixes=SUFFIXES, read_file=read)
+
+
 def _components(
-    components: np.ndarray, deviations: np.ndarray, num_ws: int, w_dim: int, most: int, path: Path
+    components: np.ndarray, deviations: np.ndarray, num_ws: int, w_dim: int, max_components: int, path: Path
 ) -> dict[str, np.ndarray]:
     count = len(deviations.ravel())
     if components.size != count * w_dim:
@@ -68,8 +85,8 @@ def _components(
         )
     scaled = components.reshape(count, w_dim) * deviations.reshape(count, 1)
     return {
-        f"{path.stem}_{i:02d}": editing.check_direction(direction, num_ws, w_dim, path)
-        for i, direction in enumerate(scaled[:most])
+        f"{path.stem}_{i:02d}": directions.check(direction, num_ws, w_dim, path)
+        for i, direction in enumerate(scaled[:max_components])
     }
 
 
@@ -86,11 +103,11 @@ def _torch(path: Path) -> np.ndarray | dict[str, Any]:
 
 
 def _archive(path: Path) -> dict[str, Any] | None:
-    """GANSpace's own dump; None where it is a direction like others."""
+    """The components in GANSpace's own dump; None for any other .npz file."""
     try:
         with np.load(path, allow_pickle=False) as saved:
             if {"lat_comp", "lat_stdev"} <= set(saved.files):
                 return {name: saved[name] for name in ("lat_comp", "lat_stdev")}
-    except Exception:  # told by whoever reads it as a direction
+    except Exception:  # damaged: `directions.read` raises the error
         return None
     return None

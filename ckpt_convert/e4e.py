@@ -1,7 +1,7 @@
-"""The e4e encoder in its authors' checkpoints: their names, and what a checkpoint says of its average style.
+"""The e4e encoder in its authors' checkpoints: the table of names, and the average style.
 
-A published file is a dictionary of `state_dict` (the encoder as `encoder.*`, and its generator as `decoder.*`, which is
-another network and no part of this one), `latent_avg`, and `opts`, the settings of its training.
+A published file is a dictionary of `state_dict` (the encoder as `encoder.*`, its generator as `decoder.*`, which is a
+separate network), `latent_avg`, and `opts`, the settings of its training.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ ROWS = (
 
 
 def _state(found: dict[Any, Any]) -> dict[str, Stored] | None:
-    """The state dict in a checkpoint, or that it is."""
+    """The state dict in a checkpoint; `found` may be a bare state dict."""
     return tables.state_dict(found.get("state_dict", found))
 
 
 def _styles(arrays: Mapping[str, Stored]) -> int:
-    """How many styles the heads' names tell of."""
+    """Number of styles, inferred from the heads' names."""
     matches = (re.match(r"styles\.([0-9]{1,3})\.", name) for name in arrays)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def _average(stored: Any, styles: int) -> Stored:
-    """`latent_avg` as one row a style, out of that or of one row for all."""
+    """`latent_avg` with one row for each style; a file may have one row for all."""
     if not isinstance(stored, Tensor | PickledArray):
         raise UserError(f"{_AVERAGE} in the file is not an array: damaged?")
     if len(stored.shape) == 1 or (len(stored.shape) == 2 and stored.shape[0] == 1):
@@ -66,23 +66,24 @@ def _average(stored: Any, styles: int) -> Stored:
 
 
 def find(objects: Sequence[Any]) -> dict[str, Stored] | None:
-    """The encoder's arrays in a checkpoint, without "encoder." before their names, and `latent_avg` [styles, 512].
+    """Finds the encoder's arrays in a checkpoint, with names without "encoder.", and `latent_avg` [styles, 512].
 
-    `latent_avg` is zeros if the checkpoint adds no average style. pSp's encoder has the same names and shapes but forms
-    styles otherwise; only `opts` tells, and a file without them is taken for e4e's. See `tables.Network`.
+    `latent_avg` is zeros if the encoder was trained without an average style. pSp's encoder has the same names and
+    shapes but computes styles differently; only `opts` tells them apart, and a file without `opts` is read as e4e's.
+    See `tables.Network`.
     """
     candidates = [found for found in objects if isinstance(found, dict) and _PREFIX + _FIRST in (_state(found) or {})]
     if not candidates:
         return None
     if len(objects) != 1:
-        raise UserError("an e4e encoder is a file of its own: give it alone")
+        raise UserError("an e4e encoder is one file: give it alone")
     (found,) = candidates
     opts = found.get("opts")
-    opts = opts if isinstance(opts, dict) else {}  # anything else is not read
+    opts = opts if isinstance(opts, dict) else {}  # other types are ignored
     kind = opts.get("encoder_type", _TYPE)
     if kind != _TYPE:
         raise UserError(
-            f"the encoder is {str(kind)[:40]!r}, which forms styles otherwise than e4e's {_TYPE}: give that"
+            f"the encoder is {str(kind)[:40]!r}, which computes styles differently from e4e's {_TYPE}: give that"
         )
     state = _state(found) or {}
     arrays = {name.removeprefix(_PREFIX): array for name, array in state.items() if name.startswith(_PREFIX)}
@@ -98,10 +99,10 @@ def find(objects: Sequence[Any]) -> dict[str, Stored] | None:
 
 
 def config(arrays: Mapping[str, Stored]) -> E4EConfig:
-    """The sizes of the encoder in a file, as `find` gives it: all but the number of styles are the authors'.
+    """Infers the config from the arrays that `find` returns: only the number of styles varies.
 
     Raises:
-      UserError: no e4e encoder has so many.
+      UserError: if no e4e encoder has this number of styles.
     """
     try:
         return E4EConfig(num_styles=_styles(arrays))

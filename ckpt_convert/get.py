@@ -1,13 +1,16 @@
-"""The networks of an official category, ready to load: found or downloaded, converted once, kept in the cache."""
+"""Finding, downloading and converting the networks of the official categories; results are kept in the cache."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ckpt_convert import convert
+from samjax import config
+from samjax.config import CLASSICAL_SEGMENTERS, Options
 from samjax.errors import UserError
 from samjax.io import checkpoints, files, registry
 from samjax.io.registry import WeightFile
@@ -26,25 +29,25 @@ def get(
     fetch: bool = True,
     notify: Notify = lambda _: None,
 ) -> dict[str, Path]:
-    """Makes sure that the networks of a category are there, converted.
+    """Finds or downloads the files of a category, and converts its networks.
 
     Args:
       category: a key of `samjax.io.registry.CATEGORY_FILES`.
-      weights: a folder that holds files under their authors' names; looked at first.
-      cache: see `samjax.io.registry.cache_folder`.
-      roles: what is wanted, of `ROLES` and "edits".
-      fetch: whether to download what is not there; if not, missing files are an error that says what to do.
-      notify: called with a line for what takes its time.
+      weights: a directory with files under their authors' names, which is searched before the cache.
+      cache: default: `samjax.io.registry.cache_folder()`.
+      roles: the files wanted: any of `ROLES`, and "edits".
+      fetch: whether to download missing files; if not, they are an error.
+      notify: called with a line of text before each download and each conversion.
 
     Returns:
-      For each role the folder of the converted network; for "edits" that of the directions.
+      For each role the directory of the converted network; for "edits" the directory of the directions.
 
     Raises:
-      UserError: files are missing (all of them listed), cannot be fetched, or hold something else.
+      UserError: if files are missing (all are listed), cannot be downloaded, or hold something else.
     """
     cache = cache or registry.cache_folder()
     if weights is not None and not weights.is_dir():
-        raise UserError(f"{weights} is no folder: give --weights the folder that holds the files")
+        raise UserError(f"{weights} is not a directory: give --weights the directory that holds the files")
     folders = [*([weights] if weights else []), cache / "downloads"]
     wanted = [file for file in registry.CATEGORY_FILES[category] if file.role in roles]
     found = {file: registry.find(file, category, folders) for file in wanted}
@@ -59,15 +62,76 @@ def get(
         if role == "edits":
             parents = {path.parent for path in sources.values()}
             if len(parents) > 1:
-                raise UserError(f"the edits of {category} lie in several folders: put them into one")
+                raise UserError(f"the edits of {category} are in several directories: put them into one")
             result[role] = parents.pop()
         else:
-            result[role] = _converted(list(sources.values()), next(iter(sources)), category, cache, notify)
+            network, folder = next(iter(sources)).network, registry.converted(category, role, cache)
+            result[role] = _convert_once(list(sources.values()), network, folder, notify)
     return result
 
 
+def prepare(options: Options, *, segmenter: bool = True, notify: Notify = print) -> Options:
+    """Converts the networks that options ask for, so that `samjax.Pipeline.from_options` can load them.
+
+    Files given as their authors distribute them are replaced by their converted directories. The networks of an
+    official category are looked for in `options.weights` and in the cache, and converted where `samjax` finds them;
+    nothing is downloaded.
+
+    Args:
+      options: of the user.
+      segmenter: whether segments have to be found, rather than given.
+      notify: called with a line of text before each conversion.
+
+    Returns:
+      The options, with the paths of converted networks, and the category's directions if none are given.
+
+    Raises:
+      UserError: if files are missing (all are listed) or hold something else, or options contradict each other.
+    """
+    category = config.resolve_category(options)
+    if options.gan_weights is not None:
+        generator = ready(options.gan_weights, "generator", notify=notify)
+        options = dataclasses.replace(options, gan_weights=generator)
+        # Whether a generator fits is checked before other networks are converted. The batch size does not matter here,
+        # and its default would start JAX's devices.
+        config.resolve(dataclasses.replace(options, batch_size=1), checkpoints.load_config(generator, "generator"))
+    if roles := config.required_roles(options, segmenter=segmenter):
+        get(category.name, options.weights, roles=roles, fetch=False, notify=notify)
+    if segmenter and "segmenter" not in roles and category.segmenter not in CLASSICAL_SEGMENTERS:
+        other = config.segmenter_category(category.segmenter)
+        get(other, options.weights, roles=("segmenter",), fetch=False, notify=notify)
+    for name, network in (("e4e_path", "e4e"), ("inv_model_path", "invertibility")):
+        if (path := getattr(options, name)) is not None:
+            options = dataclasses.replace(options, **{name: ready(path, network, notify=notify)})
+    if options.edits_folder is None and category.official:
+        options = dataclasses.replace(options, edits_folder=registry.find_edits(category.name, options.weights))
+    return options
+
+
+def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify = lambda _: None) -> Path:
+    """Converts a file as its authors distribute it into the cache; any other path is returned as it is.
+
+    Args:
+      path: of the file.
+      network: the expected kind, a key of `samjax.io.checkpoints.NETWORKS`.
+      cache: default: `samjax.io.registry.cache_folder()`.
+      notify: called with a line of text before a conversion.
+
+    Returns:
+      The directory of the converted network, or `path`.
+
+    Raises:
+      UserError: if the file is damaged, or holds something else.
+    """
+    if path.suffix not in (".pkl", ".pt", ".pth", ".ckpt") or not path.is_file():
+        return path
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    folder = (cache or registry.cache_folder()) / "converted" / f"{path.stem}_{network}_{key}"
+    return _convert_once([path], network, folder, notify)
+
+
 def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Notify) -> dict[WeightFile, Path]:
-    """Downloads what can be; then all that could not is named at once."""
+    """Downloads files; one error lists all that cannot be downloaded."""
     fetched, failed = {}, {}
     for file in absent:
         notify(f"fetching {file.name} ({file.size}; {file.licence})")
@@ -75,7 +139,7 @@ def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Not
             fetched[file] = registry.download(file, category, cache)
         except UserError as error:
             failed[file] = str(error)
-            if failed[file].endswith(registry.NO_CONNECTION):  # nor will the others come
+            if failed[file].endswith(registry.NO_CONNECTION):  # then the others would fail too
                 failed |= {other: failed[file] for other in absent if other not in fetched | failed}
                 break
     if failed:
@@ -83,40 +147,12 @@ def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Not
     return fetched
 
 
-def _converted(sources: Sequence[Path], file: WeightFile, category: str, cache: Path, notify: Notify) -> Path:
-    """The folder of the network in `sources`, converted unless these very files were before."""
-    # The segmenter of one category may serve another: the network's own name is enough.
-    name = f"{category}_{file.role}" if file.role != "segmenter" else file.network
-    return _once(sources, file.network, cache / "converted" / name, notify)
-
-
-def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify = lambda _: None) -> Path:
-    """`path` itself where it is converted; a file as its authors distribute it is converted into the cache.
-
-    Raises:
-      UserError: it is missing, or holds something else.
-    """
-    if path.suffix not in (".pkl", ".pt", ".pth", ".ckpt") or not path.is_file():
-        return path
-    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    folder = (cache or registry.cache_folder()) / "converted" / f"{path.stem}_{network}_{key}"
-    return _once([path], network, folder, notify)
-
-
-def edits_folder(category: str, weights: Path | None = None, cache: Path | None = None) -> Path | None:
-    """The folder with the category's edit directions; None where there is none."""
-    folders = [*([weights] if weights else []), (cache or registry.cache_folder()) / "downloads"]
-    files = (file for file in registry.CATEGORY_FILES[category] if file.role == "edits")
-    found = (registry.find(file, category, folders) for file in files)
-    return next((path.parent for path in found if path is not None), None)
-
-
-def _once(sources: Sequence[Path], network: str, folder: Path, notify: Notify) -> Path:
-    """`folder`, with the network of `sources` converted into it, unless it is there from these very files."""
+def _convert_once(sources: Sequence[Path], network: str, folder: Path, notify: Notify) -> Path:
+    """Converts the network in `sources` to `folder`, unless `folder` was converted from these very files."""
     record = folder.with_name(f"{folder.name}.sources.json")
     state = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
     try:
-        if checkpoints.kind_at(folder) and json.loads(record.read_text("utf-8")) == state:
+        if checkpoints.network_at(folder) and json.loads(record.read_text("utf-8")) == state:
             return folder
     except (OSError, ValueError):
         pass

@@ -1,4 +1,4 @@
-"""Mask R-CNN from Detectron2's files: `model_final_*.pkl` of its model zoo, and what its training writes (`.pth`)."""
+"""Mask R-CNN from Detectron2's files: `model_final_*.pkl` of its model zoo, and `.pth` of its training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from samjax.errors import UserError
 from samjax.nets import mask_rcnn
 from samjax.nets.mask_rcnn import MaskRCNNConfig
 
-# The box head's first layer sees 7 x 7 cells with their channels first; ours has them last.
+# The input of the box head's first layer is 7 x 7 cells, channels first in Detectron2 and last in samjax.
 FIRST_DENSE = Layout(
     lambda a: a.reshape(a.shape[0], -1, 7, 7).transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
     lambda a: a.reshape(7, 7, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
 )
 
-# Constants of the network, which a file may hold too: they are compared with what samjax computes.
+# Constants of the network, which a file may hold: they are compared with samjax's.
 _PIXELS = {"pixel_mean": mask_rcnn.PIXEL_MEAN, "pixel_std": (1.0, 1.0, 1.0)}
 _ANCHORS = "proposal_generator.anchor_generator.cell_anchors"
 _HEADS = ("proposal_generator.rpn_head.conv.weight", "roi_heads.mask_head.predictor.weight")
@@ -105,6 +105,6 @@ NETWORK = tables.Network(
     ),
     find=_find,
     config=_config,
-    # The semantic head, and the constants that `find` has compared.
+    # The semantic head, and the constants that `find` compares.
     ignored=r"sem_seg_head\..*|pixel_mean|pixel_std|proposal_generator\.anchor_generator\..*|.*\.num_batches_tracked",
 )

@@ -1,9 +1,9 @@
-"""StyleGAN2 in other programs: one table for each naming, and the config that a file's shapes tell.
+"""StyleGAN2 in other programs: a table of names for each, and the config inferred from shapes.
 
-TensorFlow has dense weights [in, out] and convolutions [k, k, I, O] as we do, but up-convolutions turned by 180
-degrees and the bias of styles without its 1, which is the one number that conversion changes. rosinality scales its
-convolutions' weights by 1 / sqrt(fan_in) on use, which demodulation takes out again and which ToRGB needs as we do,
-so the stored numbers are the same.
+TensorFlow stores dense weights [in, out] and convolutions [k, k, I, O] like samjax, but flips up-convolutions, and
+stores the bias of styles without its 1, the only value that conversion changes. rosinality scales the weights of
+convolutions by 1 / sqrt(fan_in) at run time: demodulation cancels the scale, and ToRGB scales in samjax too, so the
+stored values are the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from samjax.errors import UserError
 from samjax.io import checkpoints
 from samjax.nets.stylegan2 import StyleGAN2Config
 
-FIRST_CONV = Layout(lambda a: CONV.ours(a[0]), lambda a: CONV.theirs(a)[None])  # an axis for the batch before it
-TURNED_CONV = Layout(lambda a: a[::-1, ::-1], lambda a: a[::-1, ::-1])
+FIRST_CONV = Layout(lambda a: CONV.ours(a[0]), lambda a: CONV.theirs(a)[None])  # with a leading batch axis
+FLIPPED_CONV = Layout(lambda a: a[::-1, ::-1], lambda a: a[::-1, ::-1])
 CONST = Layout(lambda a: a.transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1))
 FIRST_CONST = Layout(lambda a: CONST.ours(a[0]), lambda a: CONST.theirs(a)[None])
 MAP = Layout(lambda a: a.reshape(a.shape[2:]), lambda a: a[None, None])
@@ -33,13 +33,13 @@ PLUS_ONE = Layout(lambda a: a.astype(np.float32) + np.float32(1), lambda a: a.as
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """The table of one program.
+    """The table of a program.
 
     Attributes:
-      rows: see `Row`; the first that fits counts.
-      filters: names of the resampling filters [4, 4] that a file holds for a config, with their sum: constants of the
-        architecture, which are checked rather than kept.
-      ignored: pattern of names that mean nothing for inference.
+      rows: see `Row`; the first that matches counts.
+      filters: name to sum of the resampling filters [4, 4] that a file for a config holds. They are constants of the
+        architecture, so they are checked and not converted.
+      ignored: pattern of names that inference does not use.
     """
 
     rows: tuple[Row, ...]
@@ -47,7 +47,7 @@ class Naming:
     ignored: str = ""
 
     def find(self, path: str) -> tuple[str, Layout]:
-        """Their name and layout of our parameter `path`; see `tables.find`."""
+        """Name and layout in the other program of samjax's parameter `path`; see `tables.find`."""
         return tables.find(self.rows, path)
 
 
@@ -92,12 +92,12 @@ TENSORFLOW = Naming(
         Row(r"synthesis/b4/const", lambda: "synthesis/4x4/Const/const", FIRST_CONST),
         Row(r"synthesis/b(\d+)/conv0/noise_const", lambda r: f"synthesis/noise{2 * _level(r) - 1}", MAP),
         Row(r"synthesis/b(\d+)/conv1/noise_const", lambda r: f"synthesis/noise{2 * _level(r)}", MAP),
-        Row(r"synthesis/b(\d+)/(conv0)/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/weight", TURNED_CONV),
+        Row(r"synthesis/b(\d+)/(conv0)/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/weight", FLIPPED_CONV),
         Row(r"synthesis/b(\d+)/(\w+)/affine/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_weight", SAME),
         Row(r"synthesis/b(\d+)/(\w+)/affine/bias", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_bias", PLUS_ONE),
         Row(r"synthesis/b(\d+)/(\w+)/(\w+)", lambda r, k, part: f"{_tensorflow_layer(r, k)}/{part}", SAME),
     ),
-    ignored="lod",  # how far progressive growing had come, which StyleGAN2 does not use
+    ignored="lod",  # the progress of progressive growing, which StyleGAN2 does not use
 )
 
 
@@ -150,7 +150,7 @@ NAMINGS: Mapping[str, Naming] = {
 
 
 def resample_filter(total: float) -> np.ndarray:
-    """The filter [1, 3, 3, 1] in both directions, with the sum `total`; [4, 4]."""
+    """The outer product of [1, 3, 3, 1] with itself, scaled to the sum `total`: [4, 4] float32."""
     taps = np.array([1, 3, 3, 1], np.float32)
     return np.outer(taps, taps) * np.float32(total / 64)
 
@@ -159,25 +159,33 @@ def resample_filter(total: float) -> np.ndarray:
 
 
 def _our_shape(naming: Naming, stored: Mapping[str, Stored], path: str) -> tuple[int, ...] | None:
-    """Shape that our parameter `path` takes from the file; None if the file lacks it."""
+    """Shape in samjax's layout of the parameter `path` in a file; None if the file lacks it."""
     try:
         name, layout = naming.find(path)
     except KeyError:
         return None
     if name not in stored:
         return None
-    # A view of one number stands for the array: layouts move axes only.
+    # A broadcast scalar stands for the array, since layouts only rearrange axes.
     try:
         return layout.ours(np.broadcast_to(np.int8(0), stored[name].shape)).shape
     except (ValueError, IndexError):
-        raise UserError(f"{name} has the shape {list(stored[name].shape)}, which it has in no StyleGAN2") from None
+        raise UserError(f"{name} has the shape {list(stored[name].shape)}, which no StyleGAN2 has") from None
 
 
 def infer_config(naming: Naming, stored: Mapping[str, Stored], settings: Mapping[str, Any]) -> StyleGAN2Config:
-    """The config of a generator in a file: what the file states (`settings`), else what its arrays' shapes tell.
+    """Infers the config of a generator from the shapes of its arrays.
+
+    Args:
+      naming: the table of the program that wrote the file.
+      stored: the file's arrays, by its own names.
+      settings: fields that the file states; they take precedence.
+
+    Returns:
+      The config.
 
     Raises:
-      UserError: no StyleGAN2 generator of any size has such arrays.
+      UserError: if no StyleGAN2 generator of any size has such arrays.
     """
 
     def shape(path: str, axes: int) -> tuple[int, ...]:
@@ -212,10 +220,10 @@ def infer_config(naming: Naming, stored: Mapping[str, Stored], settings: Mapping
 
 
 def _channel_rule(channels: Mapping[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`channel_base` and `channel_max`: as stated if they give the file's channels, else worked out from those."""
-    most = max(channels.values(), default=1)
-    limited = {r: count for r, count in channels.items() if count < most} or channels
-    found = {"channel_base": max((r * count for r, count in limited.items()), default=1), "channel_max": most}
+    """`channel_base` and `channel_max`: as stated if they fit the file's channels, otherwise computed from these."""
+    widest = max(channels.values(), default=1)
+    limited = {r: count for r, count in channels.items() if count < widest} or channels
+    found = {"channel_base": max((r * count for r, count in limited.items()), default=1), "channel_max": widest}
     stated = {**found, **{name: settings[name] for name in found if name in settings}}
     if all(isinstance(value, int) for value in stated.values()) and all(
         min(stated["channel_base"] // r, stated["channel_max"]) == count for r, count in channels.items()
@@ -224,14 +232,22 @@ def _channel_rule(channels: Mapping[int, int], settings: Mapping[str, Any]) -> d
     return found
 
 
-# --- there and back ---
+# --- conversion ---
 
 
 def to_ours(naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Config) -> dict[str, np.ndarray]:
-    """Our parameters, by our flat names, out of a file's arrays; views of the file where that can be.
+    """Converts the arrays of a file to samjax's parameters; see `tables.to_ours`.
+
+    Args:
+      naming: the table of the program that wrote the file.
+      stored: the file's arrays, by its own names.
+      config: of the generator.
+
+    Returns:
+      Arrays by samjax's flat names, views of the file where possible.
 
     Raises:
-      UserError: arrays are missing, unexpected or of another shape (all listed), or hold what weights cannot.
+      UserError: if arrays are missing, unexpected or of another shape (all are listed), or hold invalid values.
     """
     filters = naming.filters(config)
     params = tables.to_ours(
@@ -249,16 +265,26 @@ def to_ours(naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Confi
 
 
 def to_theirs(naming: Naming, params: Mapping[str, Any], config: StyleGAN2Config) -> dict[str, np.ndarray]:
-    """The reverse of `to_ours`: `params` by our flat names; float32, filters included.
+    """Converts samjax's parameters to the arrays of another program; the inverse of `to_ours`.
+
+    Args:
+      naming: the table of the other program.
+      params: arrays by samjax's flat names.
+      config: of the generator.
+
+    Returns:
+      Float32 arrays by the program's names, including its filters.
 
     Raises:
-      UserError: their network lacks a part that ours has.
+      UserError: if the other program has no such parameter.
     """
     arrays = {}
     for path, value in params.items():
         try:
             name, layout = naming.find(path)
         except KeyError:
-            raise UserError(f"the other network cannot take {path}: labels, for one, exist in NVIDIA's only") from None
+            raise UserError(
+                f"the other program has no parameter for {path}; only NVIDIA's programs have labels"
+            ) from None
         arrays[name] = layout.theirs(np.asarray(value, np.float32))
     return arrays | {name: resample_filter(total) for name, total in naming.filters(config).items()}

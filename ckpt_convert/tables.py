@@ -1,8 +1,8 @@
-"""Tables of names: what the same parameter is called in ours and in another program, and how it lies there.
+"""Tables of names: the name and the layout of each parameter in another program.
 
-A table is laid on the tree of our own parameters, as the network itself states it, and serves both ways: each row has
-a pattern of our names, their name for it, and how an array goes from their layout to ours and back. Dense weights are
-[out, in] in torch, [in, out] with us; convolutions [O, I, k, k] in torch, [k, k, I, O] with us.
+A table is applied to the parameters that the network in samjax has, and works in both directions: each row has a
+pattern of samjax's names, the name in the other program, and the layout, which converts the array. Dense weights are
+[out, in] in torch and [in, out] in samjax; convolutions [O, I, k, k] in torch and [k, k, I, O] in samjax.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from samjax.io import checkpoints
 
 
 class Layout(NamedTuple):
-    """How an array goes from their layout to ours, and back; it only turns and cuts axes, and rounds nothing."""
+    """A pair of functions that rearrange the axes of an array.
+
+    Attributes:
+      ours: from the other program's layout to samjax's.
+      theirs: from samjax's layout to the other program's.
+    """
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
@@ -37,7 +42,13 @@ KERNEL = Layout(
 
 
 class Row(NamedTuple):
-    """Our name as a pattern; theirs, from the pattern's groups; the layout."""
+    """A row of a table.
+
+    Attributes:
+      pattern: regular expression of samjax's names.
+      name: returns the name in the other program, from the groups of the pattern.
+      layout: of the array.
+    """
 
     pattern: str
     name: Callable[..., str]
@@ -45,7 +56,7 @@ class Row(NamedTuple):
 
 
 def find(rows: Sequence[Row], path: str) -> tuple[str, Layout]:
-    """Their name and layout of our parameter `path`, by the first row that fits. Raises KeyError if none does."""
+    """Name and layout of samjax's parameter `path` by the first row that matches; KeyError if there is none."""
     for row in rows:
         if match := re.fullmatch(row.pattern, path):
             return row.name(*match.groups()), row.layout
@@ -60,11 +71,15 @@ def _torch_name(template: str, leaf: str, *groups: str) -> str:
 
 
 def torch_rows(*modules: tuple[str, str]) -> tuple[Row, ...]:
-    """Rows for networks of Flax's convolutions, dense layers and batch normalisations.
+    """Rows for networks of Flax's convolutions, dense layers and batch normalizations.
 
     Args:
-      *modules: pairs of a pattern of our module paths and the format string of theirs, into which the pattern's
-        groups go, with dots for slashes. The first that fits counts; the last is as a rule ("(.*)", "{}").
+      *modules: pairs of a pattern of samjax's module paths and a format string of the torch names, which is filled with
+        the pattern's groups, slashes replaced by dots. The first match counts; the last pair is usually
+        ("(.*)", "{}").
+
+    Returns:
+      Rows for kernels, biases, and scales and statistics of batch normalizations.
     """
     leaves = (
         ("params", "kernel", "weight", KERNEL),
@@ -86,7 +101,7 @@ RESNET = (
     (r"(.*)layer(\d)_(\d+)/(\w+)", "{}layer{}.{}.{}"),
     (r"(.*)", "{}"),
 )
-"""Modules of torchvision's ResNets, whose stages `samjax.nets` calls `layerS_B`, and of all that keep their names."""
+"""Modules of torchvision's ResNets, whose blocks are `layerS_B` in samjax, and modules with the same names in both."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +110,13 @@ class Network:
 
     Attributes:
       name: a key of `samjax.io.checkpoints.NETWORKS`.
-      format: of the files, for people.
-      licence: of the published weights, for people.
-      rows: the table; our names begin with "params/" or "batch_stats/".
-      find: the network's arrays, out of what each file given holds, or None where the files are of something else.
-        Raises UserError where they are nearly right.
-      config: of the network, from the shapes of those arrays.
-      ignored: pattern of their names that mean nothing for us.
+      format: description of the files.
+      licence: license of the published weights.
+      rows: the table; samjax's names begin with "params/" or "batch_stats/".
+      find: takes the contents of each file and returns the network's arrays, or None if the files hold something else;
+        raises UserError if they are incomplete.
+      config: infers the config from these arrays.
+      ignored: pattern of names that inference does not use.
     """
 
     name: str
@@ -114,7 +129,7 @@ class Network:
 
 
 def state_dict(found: Any) -> dict[str, Stored] | None:
-    """`found` as a state dict; None if it is anything but arrays by name. A "module." before every name goes."""
+    """`found` if it is a state dict, arrays by name, otherwise None. A "module." before every name is removed."""
     if not isinstance(found, dict) or not found:
         return None
     if not all(isinstance(name, str) and isinstance(value, Tensor | PickledArray) for name, value in found.items()):
@@ -123,17 +138,17 @@ def state_dict(found: Any) -> dict[str, Stored] | None:
     return {name.removeprefix("module.") if wrapped else name: value for name, value in found.items()}
 
 
-# --- there and back ---
+# --- conversion ---
 
 
 def as_float(array: np.ndarray, name: str) -> np.ndarray:
-    """`array` in one of the kinds that parameters have. Raises UserError for others, and for infinite values."""
+    """Checks the type and the values of `array`, and converts float64 to float32; UserError if they are not valid."""
     if array.dtype == np.float64:
         array = array.astype(np.float32)
     if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
         raise UserError(f"{name} in the file is of the type {array.dtype}, not of floating-point numbers")
     if not np.isfinite(array).all():
-        raise UserError(f"{name} in the file holds values that are not finite: damaged, or the training had diverged")
+        raise UserError(f"{name} in the file holds values that are not finite: damaged, or the training diverged")
     return array
 
 
@@ -146,24 +161,27 @@ def to_ours(
     constants: Mapping[str, tuple[int, ...]] | None = None,
     ignored: str = "",
 ) -> dict[str, np.ndarray]:
-    """Our parameters, by our flat names, out of a file's arrays; views of the file where that can be.
+    """Converts the arrays of a file to samjax's parameters.
 
     Args:
       rows: the table.
       stored: the file's arrays, by its own names.
-      shapes: of our parameters.
+      shapes: of samjax's parameters, by flat names.
       what: the network, for messages.
       constants: further names that the file must have, with their shapes.
-      ignored: pattern of names that mean nothing.
+      ignored: pattern of names that inference does not use.
+
+    Returns:
+      Arrays by samjax's flat names, views of the file where possible.
 
     Raises:
-      UserError: arrays are missing, unexpected or of another shape (all listed), or hold what weights cannot.
+      UserError: if arrays are missing, unexpected or of another shape (all are listed), or hold invalid values.
     """
     try:
         found = {path: find(rows, path) for path in shapes}
     except KeyError as error:
         raise UserError(f"files with these names cannot hold {error.args[0]}, which the config asks for") from None
-    # The shapes in their layout, through a view of one number that stands for the array.
+    # The shapes in the file's layout, found by rearranging a broadcast scalar.
     zero = np.float32(0)
     expected = {
         name: layout.theirs(np.broadcast_to(zero, shapes[path])).shape for path, (name, layout) in found.items()

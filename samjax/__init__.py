@@ -1,17 +1,13 @@
 """samjax: spatially-adaptive multilayer GAN inversion and editing (SAM, CVPR 2022) in JAX."""
 
-from samjax.api import Inversion, Models, edit, invert, load_generator, load_models
-from samjax.config import CATEGORIES, InversionConfig
-from samjax.errors import UserError
+from importlib.metadata import version as _version
 
-__all__ = [
-    "CATEGORIES",
-    "Inversion",
-    "InversionConfig",
-    "Models",
-    "UserError",
-    "edit",
-    "invert",
-    "load_generator",
-    "load_models",
-]
+from samjax import report
+from samjax.config import InversionConfig
+from samjax.errors import UserError
+from samjax.pipeline import Pipeline
+from samjax.results import Inversion
+
+__version__ = _version("samjax")
+
+__all__ = ["Inversion", "InversionConfig", "Pipeline", "UserError", "__version__", "report"]

@@ -1,47 +1,58 @@
-"""Settings of an inversion, and presets of image categories: what the authors' program has as flags and constants."""
+"""Settings: image categories, how latents are optimized, the options that a user gives, and how these are resolved."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any, Literal
 
-LATENT_NAMES = ("W+", "F4", "F6", "F8", "F10")
-"""All latent layers, the most editable first."""
+import jax
 
+from samjax.errors import UserError
+from samjax.latents import LATENT_NAMES, latent_layers, parse_latent_names
+from samjax.nets.stylegan2 import StyleGAN2Config
+
+CategoryName = Literal["demo", "cars", "faces", "cats", "custom"]
 Segmenter = Literal["felzenszwalb", "slic", "ade20k", "bisenet", "mask_rcnn"]
+CLASSICAL_SEGMENTERS = ("felzenszwalb", "slic")
 Invertibility = Literal["measured", "predicted"]
 Start = Literal["mean", "best", "encoder"]
 Preset = Literal["reference", "fast"]
 Precision = Literal["highest", "high", "default", "bfloat16"]
+Fit = Literal["stretch", "letterbox", "crop"]
 
 
 @dataclasses.dataclass(frozen=True)
 class InversionConfig:
-    """How latents are optimised; the defaults are the authors' (SAM, CVPR 2022, and their public code).
+    """How latents are optimized; the defaults are the authors' (SAM, CVPR 2022, and their public code).
 
-    The first group only changes numbers in a compiled program; the second changes the program itself.
+    The first group changes numbers in a compiled program only; the second changes the program itself.
 
     Attributes:
       num_opt_steps: Adam steps.
-      lr: highest learning rate; see `samjax.losses.learning_rate` for its course.
-      lr_rampdown_length, lr_rampup_length: shares of the run in which it falls and rises.
+      lr: highest learning rate; see `samjax.losses.learning_rate` for the schedule.
+      lr_rampdown_length, lr_rampup_length: fractions of the run in which the learning rate falls and rises.
       beta1, beta2: Adam's decay rates.
       lambda_mse, lambda_lpips: weights of the image terms.
-      lambda_f_rec: weight of the offsets' squared distance from where they started.
+      lambda_f_rec: weight of the squared distance of the offsets from where they started.
       lambda_delta: weight of the distance between the styles of W+.
       lambda_mvg: weight of the prior on W+.
 
-      latent_names: latent layers that are optimised, the most editable first.
+      latent_names: latent layers to optimize, the most editable first.
       lpips_type: network of the perceptual term, "vgg" or "alex".
-      noise: the generator's noise during optimisation: drawn anew at every step ("random"), stored, or none.
+      noise: the generator's noise during optimization: drawn anew at every step ("random"), the stored one, or none.
       loss_resolution: larger images are reduced to this size before they are compared.
       batch_size: items (targets with their masks) in one program.
-      chunk_steps: steps between two looks of the host; None for 25, and 1 on a CPU, where XLA runs the inside of a
+      chunk_steps: steps between two visits of the host; None for 25, and for 1 on a CPU, where XLA runs the body of a
         longer loop on one thread.
-      precision: of matrix products and convolutions while latents are optimised. "highest" is full float32 on every
-        device; "high" and "default" are JAX's, which a CPU ignores (on NVIDIA's GPUs TF32; on TPUs three passes of
-        bfloat16, or one); "bfloat16" keeps kernels and activations of LPIPS and of the generator's four highest
-        resolutions in 16 bits, with sums in float32, and all else in full float32.
+      precision: of matrix products and convolutions during optimization. "highest" is full float32 on every device;
+        "high" and "default" are JAX's, which a CPU ignores (TF32 on NVIDIA GPUs; three passes of bfloat16, or one, on
+        TPUs); "bfloat16" keeps kernels and activations of LPIPS and of the generator's four highest resolutions in
+        16 bits, with sums in float32, and everything else in full float32.
+
+    Raises:
+      ValueError: a size below 1, or a number that is not finite.
     """
 
     num_opt_steps: int = 1001
@@ -68,11 +79,15 @@ class InversionConfig:
         for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, not {value}")
 
     @property
     def half_precision(self) -> bool:
-        """Whether the optimisation runs in bfloat16 where `precision` says."""
+        """Whether the optimization runs in bfloat16 where `precision` describes it."""
         return self.precision == "bfloat16"
 
     @property
@@ -82,37 +97,42 @@ class InversionConfig:
 
     @property
     def stored_noise(self) -> Literal["const", "none"]:
-        """Of images that are drawn from finished latents: no new noise."""
+        """Noise of images that are rendered from finished latents: nothing is drawn anew."""
         return "none" if self.noise == "none" else "const"
 
 
 def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConfig:
-    """`config` with another course: the authors' ("reference"), or a third of its steps ("fast"); None for its own.
+    """`config` with the schedule of a preset: the authors' ("reference"), or a third of its steps ("fast").
 
-    The fast one was compared on hard scenes of the demo (`experiments/evaluate.py --scene_seed 2`).
+    With None, `config` keeps its own. "fast" was chosen on hard scenes of the demo (`experiments/evaluate.py
+    --scene_seed 2`).
     """
     if preset is None:
         return config
-    course = InversionConfig() if preset == "reference" else InversionConfig(340, lr=0.2, lr_rampup_length=0.0)
+    schedule = InversionConfig() if preset == "reference" else InversionConfig(340, lr=0.2, lr_rampup_length=0.0)
     fields = ("num_opt_steps", "lr", "lr_rampdown_length", "lr_rampup_length")
-    return dataclasses.replace(config, **{name: getattr(course, name) for name in fields})
+    return dataclasses.replace(config, **{name: getattr(schedule, name) for name in fields})
+
+
+# --- categories ---
 
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    """What belongs to one kind of pictures.
+    """What belongs to one kind of image.
 
     Attributes:
-      name: how a user asks for it.
+      name: by which a user asks for it.
       resolution: the generator's image size.
-      target_size: (height, width) of target image, segments and maps. Where the height is smaller the generator's
-        images are letterboxed: rows of zeros in the masks, and rows cut from the images, above and below.
-      threshold: mean map value up to which a segment may use a layer.
+      target_size: (height, width) of target, segments and error maps. Where the height is smaller, the generator's
+        images are letterboxed: masks get rows of zeros, and images lose rows, above and below.
+      threshold: mean error up to which a segment may use a layer.
       threshold_range: lowest and highest threshold of a sweep.
-      segmenter: what finds segments where no label image is given: a classical method, or a network.
+      segmenter: what finds segments unless a label image is given: a classical method, or a network.
       invertibility: where error maps come from: a short inversion in each layer, or the predictor.
       start: where W+ starts: the mean style, the best of some samples, or the encoder's code.
-      config: settings of its inversions, where the user gives none.
+      config: settings of its inversions, unless the user gives others.
+      official: whether the authors of SAM distribute networks for it.
     """
 
     name: str
@@ -124,6 +144,7 @@ class Category:
     invertibility: Invertibility = "measured"
     start: Start = "mean"
     config: InversionConfig = InversionConfig()
+    official: bool = False
 
     @classmethod
     def for_resolution(cls, resolution: int) -> Category:
@@ -139,10 +160,10 @@ class Category:
 
 
 def _official(name: str, resolution: int, segmenter: Segmenter, **settings: Any) -> Category:
-    """A category with networks of its own, by which the authors' program finds segments, maps and W+."""
+    """A category whose networks the authors of SAM distribute."""
     return Category(
-        name, resolution, segmenter=segmenter, invertibility="predicted", start="encoder", **settings
-    )  # fmt: skip
+        name, resolution, segmenter=segmenter, invertibility="predicted", start="encoder", official=True, **settings
+    )
 
 
 CATEGORIES = {
@@ -151,8 +172,8 @@ CATEGORIES = {
         _official("cars", 512, "ade20k", target_size=(192, 256)),
         _official("faces", 1024, "bisenet"),
         _official("cats", 256, "mask_rcnn", threshold_range=(0.2, 0.45)),
-        # AlexNet's LPIPS and few, large steps: a laptop's CPU makes the demo in a minute or two. The offsets of its
-        # narrow generator must grow larger than those of config-f before they show, so they cost less.
+        # AlexNet's LPIPS and few, large steps: a laptop's CPU runs the demo in a minute or two. The offsets of its
+        # narrow generator have to grow larger than those of config-f before they show, so they cost less.
         Category(
             "demo",
             256,
@@ -164,3 +185,253 @@ CATEGORIES = {
         ),
     )
 }
+
+
+def segmenter_category(segmenter: str) -> str:
+    """The category whose files a segmentation network is distributed with."""
+    return next(category.name for category in CATEGORIES.values() if category.segmenter == segmenter)
+
+
+# --- options ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How images are inverted and edited: flags of every program, and keyword arguments of `Pipeline`.
+
+    Names and meanings are those of the authors' script wherever it has them.
+    """
+
+    image_category: CategoryName | None = None
+    """Image sizes, letterboxing, and the defaults below that are "the category's". Default: demo, or custom with
+    gan_weights."""
+    weights: Path | None = None
+    """A directory with the category's files under the names their authors gave them. Default: the files fetched by
+    `python -m ckpt_convert get`."""
+    gan_weights: Path | None = None
+    """A generator, converted or as distributed. Default: the category's."""
+    e4e_path: Path | None = None
+    """An e4e encoder, converted or as distributed. Default: the category's."""
+    inv_model_path: Path | None = None
+    """An invertibility predictor, converted or as distributed. Default: the category's."""
+
+    segmenter: Segmenter | None = None
+    """How segments are found: felzenszwalb and slic by color, the others by a network: ade20k (150 classes of scenes),
+    bisenet (parts of faces), mask_rcnn (the 80 classes of COCO). Default: the category's."""
+    swap_channels: bool = False
+    """Gives mask_rcnn red for blue, as the authors' script does; for comparisons with it."""
+    invertibility: Invertibility | None = None
+    """Where error maps come from: "measured" by a short inversion in each layer, or "predicted" by a network.
+    Default: the category's, or predicted with inv_model_path."""
+    start: Start | None = None
+    """Where W+ starts: at the mean style, at the best of 256 samples by LPIPS, or at the encoder's code. Default: the
+    category's, or encoder with e4e_path."""
+    latent_names: str | None = None
+    """Candidate latent layers, separated by commas. Default: all of W+,F4,F6,F8,F10 that the generator has."""
+    fit: Fit = "stretch"
+    """How an image of another shape is brought to the category's size."""
+    invertibility_steps: int | None = None
+    """Steps of each inversion by which error maps are measured. Default: num_opt_steps, at most 501."""
+    threshold: float | None = None
+    """Mean error up to which a segment may use a layer. Default: the category's."""
+
+    preset: Preset | None = None
+    """The schedule: "reference" is the authors', "fast" takes a third of its steps. The flags that follow override it.
+    Default: the category's."""
+    num_opt_steps: int | None = None
+    """Adam steps. The defaults of this flag and those up to lambda_mvg are the category's: for all but the demo the
+    authors' 1001, 0.05, 0.25, 0.05, 0.9, 0.999, vgg, 1, 1, 5, 1e-3, 1e-8."""
+    lr: float | None = None
+    """Highest learning rate."""
+    lr_rampdown_length: float | None = None
+    """Fraction of the run in which the learning rate falls."""
+    lr_rampup_length: float | None = None
+    """Fraction of the run in which the learning rate rises."""
+    beta1: float | None = None
+    """Adam's decay rate of the gradient's mean."""
+    beta2: float | None = None
+    """Adam's decay rate of the gradient's square."""
+    lpips_type: Literal["vgg", "alex"] | None = None
+    """Network of the perceptual loss."""
+    lambda_mse: float | None = None
+    """Weight of the squared error."""
+    lambda_lpips: float | None = None
+    """Weight of LPIPS."""
+    lambda_f_rec: float | None = None
+    """Weight of the squared offsets of the F layers."""
+    lambda_delta: float | None = None
+    """Weight of the distance between the styles of W+."""
+    lambda_mvg: float | None = None
+    """Weight of the prior on W+."""
+    precision: Precision | None = None
+    """Of the optimization: "highest", the default, is full float32; "high" and "default" are faster on GPUs and TPUs
+    only; "bfloat16" uses 16 bits in LPIPS and in the generator's highest resolutions."""
+    noise: Literal["random", "const", "none"] = "random"
+    """The generator's noise during optimization."""
+    batch_size: int | None = None
+    """Inversions in one program. Default: 1 on a CPU; elsewhere as many as fit, at most 8, or 16 in a sweep."""
+    seed: int = 0
+    """Of the noise, of the prior's samples, and of the samples that --start best tries."""
+
+    generate_edits: bool | None = None
+    """Applies the directions of edits_folder. Default: if there are any."""
+    edits_folder: Path | None = None
+    """A directory of directions: .npy, .npz, .safetensors, or .pt (InterFaceGAN's, and the first eight components of
+    GANSpace's). Default: the category's."""
+    edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
+    """Multiples of each direction."""
+
+
+def resolve_category(
+    options: Options, *, generator: bool = False, encoder: bool = False, predictor: bool = False
+) -> Category:
+    """The category that options ask for, with the options laid over its defaults.
+
+    The sizes of the category "custom" are preliminary; `resolve` takes them from the generator.
+
+    Args:
+      options: of the user.
+      generator: whether the caller has one, beside that of the options.
+      encoder: likewise.
+      predictor: likewise.
+
+    Raises:
+      UserError: a network is asked for that neither the options nor the category have.
+    """
+    generator = generator or options.gan_weights is not None
+    encoder, predictor = encoder or options.e4e_path is not None, predictor or options.inv_model_path is not None
+    name = options.image_category or ("custom" if generator else "demo")
+    if name == "custom" and not generator:
+        raise UserError("--image_category custom needs --gan_weights, the generator")
+    known = CATEGORIES.get(name)
+    category = known or Category.for_resolution(256)
+    # The demo's encoder and predictor were trained for the demo's generator only.
+    learned = known if category.official or not generator else None
+    start = options.start or ("encoder" if encoder else learned.start if learned else "mean")
+    maps = options.invertibility or ("predicted" if predictor else learned.invertibility if learned else "measured")
+    for wanted, given, flag in (
+        (start == "encoder", encoder, "--start encoder needs --e4e_path"),
+        (maps == "predicted", predictor, "--invertibility predicted needs --inv_model_path"),
+    ):
+        if wanted and not given and not learned:
+            raise UserError(f"{flag}: the category {name} has no such network of its own")
+    threshold = category.threshold if options.threshold is None else options.threshold
+    if not math.isfinite(threshold):
+        raise UserError(f"--threshold must be a finite number, not {threshold}")
+    return dataclasses.replace(
+        category,
+        segmenter=options.segmenter or category.segmenter,
+        invertibility=maps,
+        start=start,
+        threshold=threshold,
+    )
+
+
+def required_roles(options: Options, *, segmenter: bool = True) -> tuple[str, ...]:
+    """Networks of an official category that are needed beside those whose paths the options give.
+
+    Args:
+      options: of the user.
+      segmenter: whether segments have to be found.
+
+    Returns:
+      Any of "generator", "encoder", "invertibility" and "segmenter"; the last one only if it is the category's own
+      (`segmenter_category` says where another one is found).
+
+    Raises:
+      UserError: as `resolve_category`.
+    """
+    category = resolve_category(options)
+    if not category.official:
+        return ()
+    own = category.segmenter == CATEGORIES[category.name].segmenter
+    wanted = {
+        "generator": options.gan_weights is None,
+        "encoder": category.start == "encoder" and options.e4e_path is None,
+        "invertibility": category.invertibility == "predicted" and options.inv_model_path is None,
+        "segmenter": segmenter and own,
+    }
+    return tuple(role for role, needed in wanted.items() if needed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options, resolved for one generator: nothing is left open.
+
+    Attributes:
+      category: with sizes, threshold and sources of this run.
+      config: of every inversion.
+      measure_steps: of each inversion by which error maps are measured.
+    """
+
+    category: Category
+    config: InversionConfig
+    measure_steps: int
+
+
+def resolve(
+    options: Options,
+    generator: StyleGAN2Config,
+    *,
+    category: Category | None = None,
+    max_batch_size: int = 8,
+    devices: int = 1,
+) -> Settings:
+    """Resolves what options leave open: the one place that decides category, schedule, steps, layers and batch size.
+
+    Args:
+      options: of the user.
+      generator: sizes of the generator.
+      category: of `resolve_category`; found from the options if None.
+      max_batch_size: upper limit of the default batch size, for each device.
+      devices: over which each batch is divided.
+
+    Raises:
+      UserError: values out of range, layers that the generator does not have, or a generator whose images do not have
+        the category's size.
+    """
+    category = category or resolve_category(options)
+    made = generator.img_resolution
+    if category.name not in CATEGORIES:
+        own = Category.for_resolution(made)
+        category = dataclasses.replace(category, resolution=made, target_size=own.target_size)
+    elif made != category.resolution:
+        raise UserError(
+            f"the generator makes {made} px images, the category {category.name} has {category.resolution} px: leave"
+            " --image_category out, or give another generator"
+        )
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(InversionConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.latent_names is None:
+        given["latent_names"] = tuple(layer.name for layer in latent_layers(generator))
+    else:
+        given["latent_names"] = parse_latent_names(options.latent_names, generator)
+    given.setdefault("batch_size", devices * default_batch_size(generator, max_batch_size))
+    if given["batch_size"] % devices:
+        raise UserError(
+            f"--batch_size {given['batch_size']} does not divide by the {devices} devices: give a multiple of {devices}"
+        )
+    try:
+        config = with_preset(category.config, options.preset)
+        config = dataclasses.replace(config, **given, loss_resolution=max(category.target_size))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    steps = options.invertibility_steps
+    if steps is not None and steps < 1:
+        raise UserError(f"--invertibility_steps must be at least 1, not {steps}")
+    return Settings(category, config, steps or min(config.num_opt_steps, 501))
+
+
+def default_batch_size(generator: StyleGAN2Config, max_batch_size: int = 8) -> int:
+    """Items to optimize at once by default: one on a CPU, elsewhere as many as fit, at most `max_batch_size`.
+
+    An item takes about six times the memory of the generator's activations (XLA's own count for 256 to 1024 px). The
+    estimate allows twice that, and 256 MiB for LPIPS.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:
+        return max_batch_size
+    activations = 4 * sum(r * r * generator.channels(r) for r in generator.block_resolutions)
+    return max(1, min(max_batch_size, int((memory - 2**30) / (12 * activations + 2**28))))

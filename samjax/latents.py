@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from samjax.config import LATENT_NAMES
 from samjax.errors import UserError
 from samjax.nets import stylegan2
 from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config, Synthesis
 
-Latents = Mapping[str, Array]
+Latents = Mapping[str, Any]
 """{"W+": [N, num_ws, w_dim], "F4": [N, 16, 16, C], ...}; any subset of the F layers."""
-Masks = Mapping[str, Array]
+Masks = Mapping[str, Any]
 """{"F4": [N, 16, 16, 1], ...} in [0, 1], for the F layers."""
 
 RESOLUTIONS = {"F4": 16, "F6": 32, "F8": 64, "F10": 128}
-"""Block whose output an offset changes."""
+"""Resolution of the block whose output an offset changes."""
+
+LATENT_NAMES = ("W+", *RESOLUTIONS)
+"""All latent layers, the most editable first."""
 
 
 class LatentLayer(NamedTuple):
-    """One latent layer: its name, its block's resolution (None for W+, which acts on all), its shape for one image."""
+    """One latent layer.
+
+    Attributes:
+      name: such as "W+" or "F4".
+      resolution: of its block; None for W+, which acts on all.
+      shape: of the latent of one image.
+    """
 
     name: str
     resolution: int | None
@@ -54,11 +62,11 @@ def latent_layers(config: StyleGAN2Config, names: Sequence[str] = LATENT_NAMES) 
 
 
 def parse_latent_names(text: str, config: StyleGAN2Config | None = None) -> tuple[str, ...]:
-    """Reads a list such as "W+,F4"; the result has W+ and is ordered, the most editable first.
+    """Reads a list such as "W+,F4"; the result includes W+ and is ordered, the most editable first.
 
     Args:
-      text: names with commas between.
-      config: of a generator, where names that it lacks are errors too.
+      text: names separated by commas.
+      config: of a generator; if given, layers that it lacks are errors too.
 
     Raises:
       UserError: a name that is no latent layer, or none of this generator's.
@@ -73,7 +81,7 @@ def parse_latent_names(text: str, config: StyleGAN2Config | None = None) -> tupl
 
 
 def init_latents(layers: Sequence[LatentLayer], ws: Array) -> dict[str, Array]:
-    """Where an optimisation starts: W+ at `ws`, every offset at zero.
+    """Latents at the start of an optimization: W+ at `ws`, every offset at zero.
 
     Args:
       layers: of `latent_layers`.
@@ -89,7 +97,7 @@ def init_latents(layers: Sequence[LatentLayer], ws: Array) -> dict[str, Array]:
 
 
 def single_layer_masks(layers: Sequence[LatentLayer]) -> dict[str, Array]:
-    """Masks for one inversion in each layer, as a batch of L: item i may use W+ and, everywhere, layer i alone.
+    """Masks of single-layer inversions, as a batch of L: item i uses W+ and, everywhere, layer i.
 
     The authors' single-layer inversions add their one offset without a mask; with ones for that layer and zeros for
     the others the image and all gradients are the same.
@@ -102,7 +110,7 @@ def single_layer_masks(layers: Sequence[LatentLayer]) -> dict[str, Array]:
 
 
 def by_resolution(values: Mapping[str, Array]) -> dict[int, Array]:
-    """The F entries of latents or masks, keyed by block resolution as the generator wants them."""
+    """The F entries of latents or masks, keyed by block resolution as the generator takes them."""
     return {RESOLUTIONS[name]: value for name, value in values.items() if name in RESOLUTIONS}
 
 

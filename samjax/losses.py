@@ -1,4 +1,4 @@
-"""The terms of the inversion loss as pure functions, the prior on W+, and the learning rate.
+"""The terms of the inversion loss as pure functions, the prior on W+, and the learning rate schedule.
 
 SAM (CVPR 2022), section 3.3, with the constants of the authors' public code.
 """
@@ -41,8 +41,8 @@ def fit_prior(ws: ArrayLike) -> Prior:
     """Fits the prior to sampled styles, in NumPy and float64.
 
     The covariance gets 1e-8 on its diagonal, as in the authors' code. With fewer samples than dimensions it is
-    singular but for that, and distances are huge; the factor of the covariance, inverted as a triangle, keeps them
-    accurate where the inverse itself would lose digits, and applied to a difference already taken, also in float32.
+    otherwise singular, and distances are huge. Inverting its triangular factor keeps them accurate where the inverse
+    itself would lose digits; applied to a difference that is already taken, also in float32.
 
     Args:
       ws: [n, w_dim] with n >= 2.
@@ -79,7 +79,7 @@ def generator_prior(config: StyleGAN2Config, params: Params, *, key: Array, samp
     return fit_prior(_sample_ws(config, params, key, samples))
 
 
-# --- terms, one value an item ---
+# --- terms, one value for each item ---
 
 
 def prior_distance(prior: Prior, ws: Array) -> Array:
@@ -126,8 +126,26 @@ def crop_letterbox(images: Array, height: int, width: int) -> Array:
     return images[:, top : top + height, left : left + width]
 
 
+def full_size(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A generator's images at their own size, without the rows or columns that letterboxing added.
+
+    Args:
+      images: [..., R, R, C].
+      height: of the target.
+      width: of the target.
+
+    Returns:
+      [..., H, W, C] with the proportions of the target; the longer side is R, or the target's if R is smaller.
+    """
+    size = images.shape[-2]
+    factor = max(size // max(height, width), 1)
+    rows, columns = height * factor, width * factor
+    top, left = (size - rows) // 2, (size - columns) // 2
+    return images[..., top : top + rows, left : left + columns, :]
+
+
 def comparable(images: Array, size: int, height: int, width: int) -> Array:
-    """A generator's images as the loss sees them: reduced to `size`, clipped to [-1, 1], cropped to the target."""
+    """A generator's images as the loss compares them: reduced to `size`, clipped to [-1, 1], cropped to the target."""
     return crop_letterbox(jnp.clip(reduce_area(images, size), -1.0, 1.0), height, width)
 
 
@@ -143,8 +161,8 @@ def learning_rate(step: Array, num_steps: Array, lr: Array, rampdown: Array, ram
       step: counted from 0.
       num_steps: in all.
       lr: the highest rate.
-      rampdown: share of the run in which it falls; 0 for none.
-      rampup: share in which it rises; 0 for none.
+      rampdown: fraction of the run in which it falls; 0 for none.
+      rampup: fraction of the run in which it rises; 0 for none.
     """
     t = step.astype(jnp.float32) / num_steps.astype(jnp.float32)
     share = lambda x, length: jnp.minimum(1.0, x / jnp.maximum(length, 1e-8))  # noqa: E731

@@ -1,7 +1,7 @@
-"""Segments of a picture: what decides together on a latent layer.
+"""Segmentation: the regions of an image that share a latent layer.
 
-One interface, image in and integer labels out. The classical methods need no weights; networks stand behind the same
-interface, with the classes merged that the authors merge.
+A `Segmenter` takes an image and returns integer labels. The classical methods need no weights; the networks merge the
+classes that the authors of SAM merge.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
+from samjax.config import CLASSICAL_SEGMENTERS
 from samjax.errors import UserError
+from samjax.io.checkpoints import LoadedNetwork
 from samjax.io.images import to_uint8
 from samjax.nets import ade20k as ade20k_network
 from samjax.nets import bisenet, mask_rcnn
@@ -30,18 +32,18 @@ ADE20K_MERGED: Mapping[int, int] = {
     102: 20, 83: 20,  # van, truck: car
     29: 9,  # field: grass
 }  # fmt: skip
-"""ADE20K's classes (from 0) that SAM takes for another one."""
+"""ADE20K's classes (counted from 0) that SAM merges: old to new."""
 
 FACE_MERGED: Mapping[int, int] = {
     1: 3, 2: 3, 4: 3, 5: 3,  # skin, brows (3 is one of them), eyes
     7: 3, 8: 3, 10: 3,  # ears, nose
     11: 3, 12: 3, 13: 3, 14: 3,  # mouth, lips, neck
 }  # fmt: skip
-"""The face parser's classes that SAM takes for one: all that is skin or lies within it."""
+"""The face parser's classes that SAM merges into one: skin, and everything within it."""
 
 
 class Segmenter(Protocol):
-    """Anything that gives segments of pictures."""
+    """A function that segments an image."""
 
     def __call__(self, image: ArrayLike) -> np.ndarray:
         """Takes an image [H, W, 3] in [-1, 1]; gives labels [H, W] int32, of any values."""
@@ -49,13 +51,13 @@ class Segmenter(Protocol):
 
 
 def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -> np.ndarray:
-    """Cuts a picture into segments by colour.
+    """Segments an image by color.
 
     Args:
       image: [H, W, 3] in [-1, 1].
       method: "felzenszwalb" (Felzenszwalb and Huttenlocher, IJCV 2004): few regions that follow edges; or "slic"
         (Achanta et al., PAMI 2012): compact regions of similar size.
-      **options: of the function of that name in `skimage.segmentation`, over the defaults here.
+      **options: of the function of that name in `skimage.segmentation`; they override the defaults here.
 
     Returns:
       [H, W] int32 labels, from 0.
@@ -79,11 +81,33 @@ def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -
     return np.unique(labels, return_inverse=True)[1].reshape(labels.shape).astype(np.int32)
 
 
+def load(name: str, network: LoadedNetwork | None = None, *, swap_channels: bool = False) -> Segmenter:
+    """The segmenter of a name, one of `samjax.config.Segmenter`.
+
+    Args:
+      name: of a classical method, or of a network.
+      network: its parameters; None for a classical method.
+      swap_channels: see `instances`.
+
+    Raises:
+      ValueError: a network's name without the network.
+    """
+    if name in CLASSICAL_SEGMENTERS:
+        return functools.partial(segment, method=name)  # type: ignore[arg-type]
+    if network is None:
+        raise ValueError(f"the segmenter {name} is a network: load its parameters first")
+    if name == "ade20k":
+        return ade20k(network.params, network.config)
+    if name == "bisenet":
+        return face_parsing(network.params, network.config)
+    return instances(network.params, network.config, swap_channels=swap_channels)
+
+
 # --- networks ---
 
 
 def merge_classes(labels: ArrayLike, merged: Mapping[int, int]) -> np.ndarray:
-    """Renames classes; each label once, so that the order of `merged` does not matter.
+    """Renames classes. Each label is renamed once, so the order of `merged` does not matter.
 
     Args:
       labels: of any shape.
@@ -142,18 +166,18 @@ def instances(
     score_threshold: float = 0.1,
     swap_channels: bool = False,
 ) -> Segmenter:
-    """Mask R-CNN's things, SAM's segmenter for cats: each painted with its class, less sure ones over surer ones.
+    """Instances by Mask R-CNN, SAM's segmenter for cats, painted with their class: lower scores over higher ones.
 
     Args:
       variables: of `samjax.nets.mask_rcnn`.
       config: the network's.
-      score_threshold: things as sure as this or less are left out.
-      swap_channels: whether to show the network red for blue, as SAM's authors do: they hand an RGB picture to a
+      score_threshold: instances with this score or less are left out.
+      swap_channels: whether to give the network red for blue, as SAM's authors do: they pass an RGB image to a
         predictor that expects BGR.
 
     Returns:
       A segmenter: compiled once for each size of the resized image's canvas and each size of labels, in full float32.
-      Label 0 is the first class (people) and all that is no thing. It raises UserError for images of another shape.
+      Label 0 is the first class (people), and everything outside of instances. It raises UserError for images of another shape.
     """
     detect = jax.jit(functools.partial(mask_rcnn.detect, config=config))
     paint = jax.jit(mask_rcnn.paint, static_argnames=("height", "width"))

@@ -345,7 +345,7 @@ def bad_sources(root: Path) -> dict[str, tuple[Path, str]]:
     root.mkdir()
     found: dict[str, tuple[Path, str]] = {
         "missing": (root / "nowhere.pkl", "does not exist"),
-        "a folder": (root, "is a folder"),
+        "a folder": (root, "is a directory"),
     }
 
     def add(name: str, content: bytes, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Training data from disk: the order that a seed decides, batches from any point on, augmentation, segments."""
+"""Training data from disk: reproducible order, batches from any step on, augmentation, segments and true maps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from killing import write_data
 from PIL import Image, ImageFilter
 
 from samjax.errors import UserError
-from samjax.io import datasets
-from samjax.io.datasets import Sample
+from samjax.training import data as datasets
+from samjax.training.data import Sample
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def drawn(data, labels, start: int, stop: int, **options) -> list[np.ndarray]:
     return [batch.image for batch in datasets.batches(source, 2, start, stop, **options)]
 
 
-def test_segments_are_numbered_from_zero_and_made_once(data, labels, tmp_path):
+def test_segments_are_numbered_from_zero_and_found_once(data, labels, tmp_path):
     np.testing.assert_array_equal(np.unique(labels("p0")), [0, 1])
     calls = []
 
@@ -50,7 +50,7 @@ def test_segments_are_numbered_from_zero_and_made_once(data, labels, tmp_path):
         datasets.read_labels(tmp_path, (16, 16), "p3")
 
 
-def test_batches_from_any_point_are_those_of_a_whole_run(data, labels):
+def test_batches_from_any_step_are_those_of_an_uninterrupted_run(data, labels):
     whole = drawn(data, labels, 0, 8)
     assert all((x == y).all() for x, y in zip(whole[5:], drawn(data, labels, 5, 8), strict=True))
     assert all((x == y).all() for x, y in zip(whole, drawn(data, labels, 0, 8, threads=1), strict=True))
@@ -65,16 +65,16 @@ def test_parts_of_a_batch_make_up_the_whole(data, labels):
 
 def test_an_epoch_has_every_example_once(data, labels):
     source = datasets.samples(data, labels, (16, 16), train=True)
-    # Blurred or turned, a picture has about the colours that it had.
-    colour = lambda image: image.mean((0, 1))  # noqa: E731
-    known = np.stack([colour(np.asarray(Image.open(example.image))) for example in data.examples])
-    nearest = lambda image: int(np.abs(known - colour(image)).sum(1).argmin())  # noqa: E731
+    # Blur and flips hardly change the mean color of an image.
+    color = lambda image: image.mean((0, 1))  # noqa: E731
+    known = np.stack([color(np.asarray(Image.open(example.image))) for example in data.examples])
+    nearest = lambda image: int(np.abs(known - color(image)).sum(1).argmin())  # noqa: E731
     orders = [[nearest(source[i].image) for i in range(epoch * 5, epoch * 5 + 5)] for epoch in range(3)]
     assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
     assert len(set(map(tuple, orders))) > 1
 
 
-def test_validation_is_in_order_unchanged_and_filled_up(data, labels):
+def test_validation_is_in_order_and_unchanged_and_its_last_batch_is_full(data, labels):
     source = datasets.samples(data, labels, (16, 16), train=False)
     first, second, third = datasets.batches(source, 2, 0, 3)
     given = [np.asarray(Image.open(example.image)) for example in data.examples]
@@ -86,7 +86,7 @@ def test_validation_is_in_order_unchanged_and_filled_up(data, labels):
 
 
 class Always:
-    """A generator of random numbers that says what it is told."""
+    """A random generator with given values."""
 
     def __init__(self, *values: float) -> None:
         self.values = list(values)
@@ -114,7 +114,7 @@ def test_augmentation_does_the_same_to_all():
     np.testing.assert_array_equal(blurred.segments, sample.segments)
 
 
-def test_targets_are_made_once_and_given_instead_of_inversions(data, labels, tmp_path):
+def test_true_maps_are_computed_once_and_replace_inversions(data, labels, tmp_path):
     calls = []
 
     def compare(image: np.ndarray, inversions: np.ndarray) -> np.ndarray:
@@ -131,12 +131,12 @@ def test_targets_are_made_once_and_given_instead_of_inversions(data, labels, tmp
     np.testing.assert_array_equal(batch.images, expected.images)
     difference = np.abs(expected.images - expected.inversions).mean(-1)
     np.testing.assert_allclose(batch.inversions, difference, rtol=1e-3)  # half precision
-    (tmp_path / "p3.npy").write_bytes(b"no array")
+    (tmp_path / "p3.npy").write_bytes(b"not an array")
     with pytest.raises(UserError, match="p3"):
         source[3]
 
 
-def test_augmentation_turns_maps_and_leaves_them_sharp():
+def test_augmentation_flips_maps_without_blur():
     rng = np.random.default_rng(0)
     sample = Sample(
         rng.integers(0, 255, (8, 8, 3), np.uint8), rng.random((2, 8, 8)).astype(np.float16), np.zeros((8, 8), np.int32)
@@ -146,11 +146,11 @@ def test_augmentation_turns_maps_and_leaves_them_sharp():
     np.testing.assert_array_equal(flipped.inversions, sample.inversions[:, :, ::-1])
 
 
-def test_pictures_alone(tmp_path: Path):
+def test_images_without_inversions(tmp_path: Path):
     for i in range(3):
         Image.new("RGB", (20, 10), (i, 0, 0)).save(tmp_path / f"{i}.png")
     paths = sorted(tmp_path.iterdir())
-    held = datasets.pictures(paths, size=(8, 8), train=False)
+    held = datasets.image_samples(paths, size=(8, 8), train=False)
     assert [int(held[i][0, 0, 0]) for i in range(len(held))] == [0, 1, 2]
-    drawn = datasets.pictures(paths, size=(8, 8), train=True, seed=3)
+    drawn = datasets.image_samples(paths, size=(8, 8), train=True, seed=3)
     assert sorted(int(drawn[i][0, 0, 0]) for i in range(3)) == [0, 1, 2]

@@ -15,7 +15,7 @@ from ckpt_convert import convert as convert_module
 from ckpt_convert import deeplab as table
 from ckpt_convert import tables
 from ckpt_convert.formats.torch_file import Storage, Tensor
-from samjax.config import LATENT_NAMES
+from samjax.latents import LATENT_NAMES
 from samjax.errors import UserError
 from samjax.io import checkpoints
 from samjax.nets import deeplab

@@ -1,17 +1,12 @@
-"""Edit directions: found in a generator, and read from files as people have them."""
-
-import io
+"""Finding directions in a generator."""
 
 import jax
 import numpy as np
 import pytest
-import torch
 from tiny import TINY, tiny_generator
 
-from ckpt_convert import directions as files
 from samjax import demo, directions
 from samjax.demo import scenes
-from samjax.errors import UserError
 from samjax.nets import stylegan2
 
 
@@ -113,69 +108,6 @@ def test_scores_without_a_direction(styles, scores, message):
 def test_classes_are_two(styles):
     with pytest.raises(ValueError, match="0 or 1"):
         directions.boundary(styles.ws[:3], [0, 1, 2], styles)
-
-
-# --- read ---
-
-
-def saved(value, **options) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file, **options)
-    return file.getvalue()
-
-
-ONE, ALL = np.arange(8, dtype=np.float32), np.arange(64, dtype=np.float32).reshape(1, 8, 8)
-PCA = {"mean": torch.zeros(1, 8), "comp": torch.ones(80, 1, 8), "std": torch.arange(80.0, 0, -1)}
-
-
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
-def test_torch_files(tmp_path, options):
-    (tmp_path / "age.pt").write_bytes(saved(torch.tensor(ONE)[None], **options))
-    (tmp_path / "pose.pt").write_bytes(saved(torch.tensor(ALL), **options))
-    (tmp_path / "ffhq_pca.pt").write_bytes(saved(PCA, **options))
-    read = lambda name: files.read(tmp_path / name, 8, 8)  # noqa: E731
-    np.testing.assert_array_equal(read("age.pt")["age"], np.broadcast_to(ONE, (8, 8)))
-    np.testing.assert_array_equal(read("pose.pt")["pose"], ALL[0])
-    components = read("ffhq_pca.pt")
-    assert list(components) == [f"ffhq_pca_{i:02d}" for i in range(8)]
-    np.testing.assert_array_equal(components["ffhq_pca_02"], np.full((8, 8), 78.0))
-    assert len(files.read(tmp_path / "ffhq_pca.pt", 8, 8, most=80)) == 80
-
-
-def test_numpy_files(tmp_path):
-    np.save(tmp_path / "smile.npy", ONE[None])  # InterFaceGAN's boundaries
-    np.save(tmp_path / "car.npy", ALL)  # SAM's
-    np.savez(tmp_path / "ours.npz", direction=ALL[0])
-    np.savez(
-        tmp_path / "dump.npz", lat_comp=np.ones((3, 1, 8)), lat_stdev=np.array([3.0, 2.0, 1.0]), act_mean=np.ones(2)
-    )
-    read = lambda name: files.read(tmp_path / name, 8, 8)  # noqa: E731
-    np.testing.assert_array_equal(read("smile.npy")["smile"], np.broadcast_to(ONE, (8, 8)))
-    np.testing.assert_array_equal(read("car.npy")["car"], ALL[0])
-    np.testing.assert_array_equal(read("ours.npz")["ours"], ALL[0])
-    np.testing.assert_array_equal(read("dump.npz")["dump_01"], np.full((8, 8), 2.0))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("no.pt", None, "no such file"),
-        ("text.pt", b"hello", "not a file of torch.save"),
-        ("list.pt", saved([1, 2]), "holds a list, not a tensor"),
-        ("other.pt", saved({"weight": torch.ones(3)}), "holds weight, neither"),
-        ("wide.pt", saved(torch.ones(1, 512)), "does not fit this generator"),
-        ("pca.pt", saved({**PCA, "comp": torch.ones(80, 1, 512)}), "styles have 8 entries"),
-        ("nan.pt", saved(torch.full((8,), float("nan"))), "not finite"),
-        ("cut.pt", saved(torch.ones(8))[:200], "zip archive"),
-        ("damaged.npz", b"PK\\3\\4", "cannot be read"),
-    ],
-)
-def test_files_that_are_no_directions(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        files.read(tmp_path / name, 8, 8)
-    assert name in str(caught.value)
 
 
 # --- the demo ---

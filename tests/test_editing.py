@@ -1,15 +1,13 @@
-"""Edits: the reference's edited image, batches, and the files of directions."""
+"""Edits: the reference's edited image, and batches."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from golden_weights import golden_generator, seeded, seeded_latents
 from tiny import TINY, tiny_generator
 
 from samjax import editing, latents, maps
-from samjax.errors import UserError
 from samjax.nets import stylegan2
 
 
@@ -87,76 +85,3 @@ def test_several_images_and_wrong_directions_are_refused(tiny):
         editing.edit(TINY, params, twice, masks, directions(1), [1.0])
     with pytest.raises(ValueError, match="directions"):
         editing.edit(TINY, params, found, masks, directions(1)[0], [1.0])
-
-
-# --- files ---
-
-
-def save(path, array):
-    match path.suffix:
-        case ".npy":
-            np.save(path, array)
-        case ".npz":
-            np.savez(path, name=array)
-        case _:
-            safetensors.numpy.save_file({"name": array}, path)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
-@pytest.mark.parametrize("shape", [(1, 6, 8), (6, 8), (8,)])
-def test_directions_of_every_kind_and_shape(tmp_path, suffix, shape):
-    array = np.random.default_rng(0).standard_normal(shape)
-    save(tmp_path / f"way{suffix}", array)
-    found = editing.load_direction(tmp_path / f"way{suffix}", 6, 8)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, np.broadcast_to(array, (1, 6, 8))[0], rtol=1e-6)
-
-
-def test_one_array_among_several_is_found_by_name(tmp_path):
-    np.savez(tmp_path / "way.npz", direction=np.ones(8), other=np.zeros(3))
-    np.testing.assert_array_equal(editing.load_direction(tmp_path / "way.npz", 6, 8), np.ones((6, 8)))
-    np.savez(tmp_path / "two.npz", a=np.ones(8), b=np.zeros(3))
-    with pytest.raises(UserError, match=r"2 arrays \(a, b\)"):
-        editing.load_direction(tmp_path / "two.npz", 6, 8)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
-def test_damaged_and_foreign_files_are_told_in_one_line(tmp_path, suffix):
-    path = tmp_path / f"way{suffix}"
-    with pytest.raises(UserError, match="no such file"):
-        editing.load_direction(path, 6, 8)
-    save(path, np.ones((6, 8), np.float32))
-    whole = path.read_bytes()
-    for damaged in (b"", b"\x80\x04not an array", whole[:20], whole[:-9]):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"cannot be read|holds 0 arrays") as caught:
-            editing.load_direction(path, 6, 8)
-        assert "\n" not in str(caught.value)
-    save(path, np.ones((6, 7), np.float32))
-    with pytest.raises(UserError, match=r"\(6, 7\) does not fit .* \(1, 6, 8\), \(6, 8\), \(1, 8\) or \(8,\)"):
-        editing.load_direction(path, 6, 8)
-    save(path, np.array([1, 2, np.nan, 4, 5, 6, 7, 8], np.float32))
-    with pytest.raises(UserError, match="not finite"):
-        editing.load_direction(path, 6, 8)
-
-
-def test_pickled_objects_are_refused_unread(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (pytest.exit, ("the pickle was run",))
-
-    np.save(tmp_path / "trap.npy", np.array([Trap()], object), allow_pickle=True)
-    with pytest.raises(UserError, match="cannot be read"):
-        editing.load_direction(tmp_path / "trap.npy", 6, 8)
-    np.savez(tmp_path / "trap.npz", direction=np.array([Trap()], object))
-    with pytest.raises(UserError, match="cannot be read"):
-        editing.load_direction(tmp_path / "trap.npz", 6, 8)
-
-
-def test_other_kinds_are_told(tmp_path):
-    (tmp_path / "way.pt").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"\.npy, \.npz or \.safetensors, not '\.pt'"):
-        editing.load_direction(tmp_path / "way.pt", 6, 8)
-    np.save(tmp_path / "words.npy", np.array(["a"] * 8))
-    with pytest.raises(UserError, match="not numbers"):
-        editing.load_direction(tmp_path / "words.npy", 6, 8)

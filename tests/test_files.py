@@ -1,13 +1,15 @@
-"""Files appear whole or not at all."""
+"""Files appear completely or not at all, and damaged archives are refused in one line."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import resource
 import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from samjax.errors import UserError
 from samjax.io import files
 
 
-def listing(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
+def listing(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
 
 
 def test_round_trips(tmp_path: Path):
@@ -35,7 +37,7 @@ def test_round_trips(tmp_path: Path):
     assert listing(tmp_path) == ["a.bin", "a.txt", "latents_T0.225.npz"]
 
 
-def test_json_takes_what_programs_hold(tmp_path: Path):
+def test_json_of_arrays_dataclasses_and_paths(tmp_path: Path):
     @dataclasses.dataclass(frozen=True)
     class Row:
         label: int
@@ -68,7 +70,7 @@ def test_json_takes_what_programs_hold(tmp_path: Path):
     assert listing(tmp_path) == ["m.json"]
 
 
-def test_missing_folders_are_made_and_permissions_are_the_users(tmp_path: Path):
+def test_missing_directories_are_created_and_permissions_are_the_users(tmp_path: Path):
     path = tmp_path / "edits" / "blue car" / "x.txt"
     files.write_text(path, "x")
     umask = os.umask(0)
@@ -160,9 +162,9 @@ def test_a_failure_leaves_no_open_file(tmp_path: Path):
 
 def test_paths_that_cannot_be_files(tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="it is a folder"):
+    with pytest.raises(UserError, match="it is a directory"):
         files.write_text(tmp_path, "x")
-    with pytest.raises(UserError, match="is a file, not a folder"):
+    with pytest.raises(UserError, match="is a file, not a directory"):
         files.write_text(tmp_path / "file" / "a.txt", "x")
     with pytest.raises(UserError, match="device"):
         files.write_text("/dev/null", "x")
@@ -177,25 +179,126 @@ def test_objects_are_not_pickled(tmp_path: Path):
     assert listing(tmp_path) == []
 
 
-def test_output_folder(tmp_path: Path):
-    folder = files.output_folder(tmp_path / "a" / "b")
-    assert folder.is_dir()
-    (folder / "kept").write_text("x")
-    assert files.output_folder(str(folder)) == folder
-    assert listing(folder) == ["kept"]
+# --- reading archives ---
+
+
+def npy(array: np.ndarray, **changes) -> bytes:
+    """A .npy file whose header may lie."""
+    stream = io.BytesIO()
+    header = np.lib.format.header_data_from_array_1_0(array) | changes
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue() + array.tobytes()
+
+
+def archive(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(f"{name}.npy", data)
+    return path
+
+
+def test_npz_files_are_read_as_numpy_reads_them(tmp_path: Path):
+    arrays = {
+        "W+": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "file": np.int32(4),
+        "empty": np.zeros((0, 3)),
+        "fortran": np.asfortranarray(np.arange(24).reshape(2, 3, 4)),
+        "text": np.array(["a", "bcd"]),
+        "flag": np.array([True, False]),
+    }
+    files.write_npz(tmp_path / "a.npz", arrays)
+    np.savez(tmp_path / "b.npz", **{name: array for name, array in arrays.items() if name != "file"})
+    for name in ("a.npz", "b.npz"):
+        made = files.read_npz(tmp_path / name)
+        with np.load(tmp_path / name) as expected:
+            assert list(made) == expected.files
+            for key, array in made.items():
+                np.testing.assert_array_equal(array, expected[key])
+                assert array.dtype == expected[key].dtype
+                assert array.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "does not exist: give the path"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (lambda path: path.write_bytes(b""), "is damaged or not an .npz file"),
+        (lambda path: path.write_text("hello"), "is damaged or not an .npz file"),
+        (lambda path: archive(path, a=b"hello"), "is damaged or not an .npz file"),
+        (lambda path: archive(path, a=npy(np.zeros(3))[:-1]), "is damaged or not an .npz file"),
+        (lambda path: archive(path, a=npy(np.zeros(3), shape=(10**15,))), "is damaged or not an .npz file"),
+        (lambda path: archive(path, a=npy(np.zeros(3), shape=(10**30,))), "is damaged or not an .npz file"),
+        (lambda path: archive(path, a=npy(np.zeros(3), descr="|O")), "Python objects are not read"),
+        (lambda path: np.savez(path, a=np.array([None])), "Python objects are not read"),
+    ],
+)
+def test_archives_that_are_refused(tmp_path: Path, make, says: str):
+    path = tmp_path / "a.npz"
+    make(path)
+    with pytest.raises(UserError, match=says) as caught:
+        files.read_npz(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_archives_never_end_in_a_traceback(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.npz"
+    files.write_npz(path, {"a": rng.normal(size=(20, 10)), "b": np.zeros((50, 50))})
+    data = path.read_bytes()
+    refused = 0
+    for round_ in range(80):
+        damaged = bytearray(data[: None if round_ % 2 else rng.integers(0, len(data))])
+        for position in rng.integers(0, max(len(damaged), 1), 4 if damaged else 0):
+            damaged[position] = rng.integers(0, 256)
+        path.write_bytes(bytes(damaged))
+        try:
+            files.read_npz(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 60
+
+
+def test_archives_that_unpack_to_too_much(tmp_path: Path):
+    path = tmp_path / "a.npz"
+    files.write_npz(path, {"a": np.zeros(100_000), "b": np.zeros(100_000)})
+    assert len(files.read_npz(path, max_bytes=1_601_000)) == 2
+    with pytest.raises(UserError, match="a.npz would unpack to 1,600,256 bytes, more than the limit of 1,000,000"):
+        files.read_npz(path, max_bytes=1_000_000)
+    # 300 MB of zeros in 300 kB are within 1,000 times the size; in a file without them, the limit is 256 MB.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("a.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": (300_000_000,)})
+        for _ in range(300):
+            entry.write(bytes(1_000_000))
+    with pytest.raises(UserError, match="would unpack to 300,000,128 bytes"):
+        files.read_npz(path, max_bytes=256_000_000)
+    smaller = path.read_bytes().replace((300_000_128).to_bytes(8, "little"), (128).to_bytes(8, "little"))
+    path.write_bytes(smaller.replace((300_000_128).to_bytes(4, "little"), (128).to_bytes(4, "little")))
+    with pytest.raises(UserError, match="is damaged"):  # an index that lies about the size
+        files.read_npz(path)
+
+
+def test_output_directory(tmp_path: Path):
+    directory = files.output_directory(tmp_path / "a" / "b")
+    assert directory.is_dir()
+    (directory / "kept").write_text("x")
+    assert files.output_directory(str(directory)) == directory
+    assert listing(directory) == ["kept"]
     with pytest.raises(UserError, match="is a file"):
-        files.output_folder(folder / "kept")
-    with pytest.raises(UserError, match="is a file, not a folder"):
-        files.output_folder(folder / "kept" / "deeper")
-    with pytest.raises(UserError, match="not a legal folder name"):
-        files.output_folder("a\0b")
+        files.output_directory(directory / "kept")
+    with pytest.raises(UserError, match="is a file, not a directory"):
+        files.output_directory(directory / "kept" / "deeper")
+    with pytest.raises(UserError, match="not a legal directory name"):
+        files.output_directory("a\0b")
 
 
 @pytest.mark.parametrize(
     ("number", "says"),
     [(errno.EROFS, "read-only"), (errno.EACCES, "permission denied"), (errno.ENOSPC, "disk is full")],
 )
-def test_output_folder_that_cannot_be_written_in(
+def test_output_directory_that_cannot_be_written_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
 ):
     def refuse(*_args, **_options):
@@ -203,22 +306,22 @@ def test_output_folder_that_cannot_be_written_in(
 
     monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(UserError, match=says) as caught:
-        files.output_folder(tmp_path)
+        files.output_directory(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_folder_without_write_permission(tmp_path: Path):
-    folder = tmp_path / "locked"
-    folder.mkdir()
-    folder.chmod(0o555)
+def test_a_directory_without_write_permission(tmp_path: Path):
+    directory = tmp_path / "locked"
+    directory.mkdir()
+    directory.chmod(0o555)
     try:
         if os.geteuid() == 0:  # whom permissions do not bind
-            files.write_text(folder / "a.txt", "x")
+            files.write_text(directory / "a.txt", "x")
         else:
             with pytest.raises(UserError, match="permission denied"):
-                files.write_text(folder / "a.txt", "x")
+                files.write_text(directory / "a.txt", "x")
             with pytest.raises(UserError, match="permission denied"):
-                files.output_folder(folder)
-            assert listing(folder) == []
+                files.output_directory(directory)
+            assert listing(directory) == []
     finally:
-        folder.chmod(0o755)
+        directory.chmod(0o755)

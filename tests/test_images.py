@@ -1,4 +1,4 @@
-"""Pictures as people have them become uint8 RGB, or one clear line."""
+"""Images of every kind become uint8 RGB, or one clear line says why not."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import struct
 import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
 
 from samjax.errors import UserError
@@ -18,13 +22,13 @@ RNG = np.random.default_rng(0)
 
 
 def smooth(height: int = 24, width: int = 36) -> np.ndarray:
-    """A uint8 picture [H, W, 3] without noise, so that lossy formats hardly change it."""
+    """A uint8 image [H, W, 3] without noise, so that lossy formats hardly change it."""
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
     return (np.stack([x, y, 0.5 * (1 - x) + 0.25], -1) * 255).astype(np.uint8)
 
 
 def corners() -> Image.Image:
-    """36 x 24, each quarter in a colour of its own: no two of its eight rotations and reflections agree."""
+    """36 x 24, each quarter in a different colour, so that all eight rotations and reflections differ."""
     array = np.zeros((24, 36, 3), np.uint8)
     array[:12, :18], array[:12, 18:], array[12:, :18], array[12:, 18:] = (
         (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
@@ -50,29 +54,29 @@ def read_quietly(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp", "bmp", "gif"])
 def test_modes_and_formats(tmp_path: Path, mode: str, ending: str):
-    picture = Image.fromarray(smooth())
-    wanted = np.asarray(picture.convert(mode).convert("RGB"), np.int32)
+    image = Image.fromarray(smooth())
+    wanted = np.asarray(image.convert(mode).convert("RGB"), np.int32)
     options = {"compression": "jpeg"} if mode == "YCbCr" else {}  # raw, Pillow reads its own again from 13 on only
     try:
-        path = save(picture.convert(mode), tmp_path / f"a.{ending}", **(options if ending == "tif" else {}))
-    except (OSError, ValueError):  # a mode that the format cannot hold
-        path = save(picture.convert(mode), tmp_path / "a.tif", **options)
+        path = save(image.convert(mode), tmp_path / f"a.{ending}", **(options if ending == "tif" else {}))
+    except (OSError, ValueError):  # a mode that the format does not support
+        path = save(image.convert(mode), tmp_path / "a.tif", **options)
     array = read_quietly(path)
     assert array.dtype == np.uint8
     assert array.shape == (24, 36, 3)
     assert array.flags.writeable
-    # JPEG and WebP lose a little; dithered pictures ring in them.
+    # JPEG and WebP lose a little, and more for dithered images.
     tolerance = 0 if path.suffix in (".png", ".bmp") else 12
     if mode not in ("1", "P") or path.suffix not in (".jpg", ".webp"):
         assert np.abs(array - wanted).mean() <= tolerance
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L"])
-def test_alpha_is_laid_on_white(tmp_path: Path, mode: str):
+def test_alpha_is_placed_on_white(tmp_path: Path, mode: str):
     alpha = Image.fromarray(np.repeat(np.repeat(np.array([[0, 255]], np.uint8), 10, 0), 6, 1))
     grey = Image.new("L", alpha.size, 40)
     path = tmp_path / "a.png"
-    if mode in ("P", "L"):  # one index or level counts as transparent
+    if mode in ("P", "L"):  # one index or level is transparent
         base = Image.fromarray(np.where(np.asarray(alpha) == 0, 7, 40).astype(np.uint8))
         if mode == "P":
             base.putpalette([v for i in range(256) for v in (i, i, i)])
@@ -91,7 +95,7 @@ def test_alpha_is_laid_on_white(tmp_path: Path, mode: str):
     np.testing.assert_array_equal(array[:, :6], 255)
     np.testing.assert_array_equal(array[:, 6:], 40)
     assert len(notes) == 1
-    assert "laid on white" in notes[0]
+    assert "placed on white" in notes[0]
 
 
 def test_half_transparent_and_opaque_alpha(tmp_path: Path):
@@ -162,7 +166,7 @@ def test_a_colour_profile_is_applied_but_srgb_changes_nothing(tmp_path: Path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     path = save(Image.fromarray(smooth()), tmp_path / "a.png", icc_profile=srgb)
     np.testing.assert_array_equal(read_quietly(path), smooth())
-    # The same profile with its primaries' colourants turned round, under another name: colours must change places.
+    # The same profile with red and blue primaries swapped, under another name: the colours must be swapped.
     data = bytearray(srgb)
     tags = {bytes(data[i : i + 4]): i for i in range(132, 132 + 12 * struct.unpack(">I", data[128:132])[0], 12)}
     red, blue = tags[b"rXYZ"], tags[b"bXYZ"]
@@ -209,7 +213,7 @@ def test_the_first_frame_of_an_animation(tmp_path: Path):
         assert np.abs(array[5, 5].astype(int) - (255, 0, 0)).max() <= 3
 
 
-def test_small_pictures_are_refused(tmp_path: Path):
+def test_small_images_are_refused(tmp_path: Path):
     for width, height in ((1, 1), (7, 300), (300, 7)):
         path = save(Image.new("RGB", (width, height)), tmp_path / "a.png")
         with pytest.raises(UserError, match=f"only {width} x {height} pixels.*at least 8 x 8"):
@@ -217,7 +221,7 @@ def test_small_pictures_are_refused(tmp_path: Path):
     assert read_quietly(save(Image.new("RGB", (8, 8)), tmp_path / "b.png")).shape == (8, 8, 3)
 
 
-def test_a_picture_20000_pixels_wide(tmp_path: Path):
+def test_an_image_20000_pixels_wide(tmp_path: Path):
     path = save(Image.fromarray(np.repeat(smooth(16, 2000), 10, 1)), tmp_path / "a.png")
     assert images.image_size(path) == (16, 20_000)
     array = read_quietly(path)
@@ -228,11 +232,11 @@ def test_a_picture_20000_pixels_wide(tmp_path: Path):
 @pytest.mark.parametrize(
     ("ending", "mode"), [("jpg", "RGB"), ("jpg", "CMYK"), ("png", "P"), ("png", "RGBA"), ("png", "1"), ("tif", "F")]
 )
-def test_very_large_pictures_are_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, mode: str):
-    """With a lower limit, so that the test is quick: 300 x 200 pixels come down to a third or less."""
+def test_very_large_images_are_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, mode: str):
+    """With a lower limit, so that the test is quick: 300 x 200 pixels are reduced to a third or less."""
     monkeypatch.setattr(images, "REDUCE_ABOVE", 300 * 200 / 8)
-    picture = Image.fromarray(smooth(200, 300))
-    stored = picture.convert("L").convert("F") if mode == "F" else picture.convert(mode)
+    image = Image.fromarray(smooth(200, 300))
+    stored = image.convert("L").convert("F") if mode == "F" else image.convert(mode)
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(stored, tmp_path / f"a.{ending}", exif=exif) if mode != "F" else save(stored, tmp_path / "a.tif")
@@ -241,7 +245,7 @@ def test_very_large_pictures_are_reduced(tmp_path: Path, monkeypatch: pytest.Mon
     height, width = array.shape[:2]
     assert height * width <= 300 * 200 / 8
     assert "300 x 200 pixels are reduced to" in notes[0]
-    expected = picture.convert("1" if mode == "1" else "L" if mode == "F" else "RGB").convert("RGB")
+    expected = image.convert("1" if mode == "1" else "L" if mode == "F" else "RGB").convert("RGB")
     if mode != "F":
         expected = expected.transpose(Image.Transpose.ROTATE_270)
     assert (height > width) == (mode != "F")
@@ -250,7 +254,7 @@ def test_very_large_pictures_are_reduced(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_limit_on_pixels(tmp_path: Path):
-    """A header that claims 100,000 x 100,000 is enough: no pixel may be decoded to find out."""
+    """A header that claims 100,000 x 100,000 pixels is refused without decoding any."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png(100_000, 100_000, 8, 2, b"\0"))
     for read in (images.read_image, images.image_size):
@@ -270,7 +274,7 @@ def encoded(ending: str) -> bytes:
 
 @pytest.mark.parametrize("ending", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
 @pytest.mark.parametrize("kept", [0.03, 0.5, 0.9])
-def test_truncated_pictures(tmp_path: Path, ending: str, kept: float):
+def test_truncated_images(tmp_path: Path, ending: str, kept: float):
     data = encoded(ending)
     path = tmp_path / "a.png"
     path.write_bytes(data[: int(len(data) * kept)])
@@ -281,7 +285,7 @@ def test_truncated_pictures(tmp_path: Path, ending: str, kept: float):
 
 
 @pytest.mark.parametrize("ending", ["PNG", "WEBP", "TIFF"])
-def test_damaged_pictures_never_end_in_a_traceback(tmp_path: Path, ending: str):
+def test_damaged_images_never_end_in_a_traceback(tmp_path: Path, ending: str):
     data = encoded(ending)
     path = tmp_path / "a.png"
     for _ in range(60):
@@ -302,16 +306,16 @@ def test_damaged_pictures_never_end_in_a_traceback(tmp_path: Path, ending: str):
     ("make", "says"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.mkdir(), "is a directory"),
         (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: path.write_text("hello, I am no picture"), "not a picture that can be read"),
-        (lambda path: path.write_bytes(bytes(range(256)) * 40), "not a picture that can be read"),
-        (lambda path: path.write_text('<svg xmlns="x"></svg>'), "not a picture that can be read"),
-        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a picture"),
-        (lambda path: path.write_bytes(b"\x93NUMPY" + bytes(200)), "not a picture that can be read"),
+        (lambda path: path.write_text("hello, I am not an image"), "not an image that can be read"),
+        (lambda path: path.write_bytes(bytes(range(256)) * 40), "not an image that can be read"),
+        (lambda path: path.write_text('<svg xmlns="x"></svg>'), "not an image that can be read"),
+        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not an image"),
+        (lambda path: path.write_bytes(b"\x93NUMPY" + bytes(200)), "not an image that can be read"),
     ],
 )
-def test_what_is_no_picture(tmp_path: Path, make, says: str):
+def test_files_that_are_not_images(tmp_path: Path, make, says: str):
     path = tmp_path / "a.png"
     make(path)
     for read in (images.read_image, images.image_size, lambda p: images.read_segments(p, 8, 8, (8, 8))):
@@ -320,7 +324,7 @@ def test_what_is_no_picture(tmp_path: Path, make, says: str):
         assert "\n" not in str(caught.value)
 
 
-def test_paths_that_are_no_files(tmp_path: Path):
+def test_paths_that_are_not_files(tmp_path: Path):
     with pytest.raises(UserError, match="not a regular file"):
         images.read_image("/dev/zero")
     with pytest.raises(UserError, match="cannot read"):
@@ -394,6 +398,165 @@ def test_save_png(tmp_path: Path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
 
 
+def test_to_pil():
+    array = RNG.integers(0, 256, (9, 11, 3), np.uint8)
+    np.testing.assert_array_equal(np.asarray(images.to_pil(array)), array)
+    np.testing.assert_array_equal(np.asarray(images.to_pil(images.to_float(array))), array)
+    assert images.to_pil(array).size == (11, 9)
+    assert images.to_pil(array[..., 0]).mode == "L"
+    with pytest.raises(ValueError, match="expected"):
+        images.to_pil(array.astype(np.int64))
+
+
+# --- what users may pass ---
+
+
+def as_image_quietly(image) -> np.ndarray:
+    def fail(note: str) -> None:
+        raise AssertionError(f"unexpected note: {note}")
+
+    return images.as_image(image, notify=fail)
+
+
+SHAPES = st.tuples(st.integers(8, 20), st.integers(8, 20), st.just(3))
+
+
+@given(hnp.arrays(np.uint8, SHAPES))
+def test_uint8_arrays_are_copied(array: np.ndarray):
+    made = as_image_quietly(array)
+    np.testing.assert_array_equal(made, array)
+    assert not np.shares_memory(made, array)
+    np.testing.assert_array_equal(as_image_quietly(Image.fromarray(array)), array)
+    np.testing.assert_array_equal(as_image_quietly(images.to_float(array) - np.float32(5e-4)), array)
+    np.testing.assert_array_equal(as_image_quietly(array.transpose(1, 0, 2)), array.transpose(1, 0, 2))
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        SHAPES,
+        elements=st.floats(-1, 1, width=16),
+        fill=st.nothing(),
+    )
+)
+def test_floats_become_the_nearest_levels(array: np.ndarray):
+    made = images.as_image(array, notify=lambda _: None)
+    assert made.dtype == np.uint8
+    assert np.abs(made / 127.5 - 1 - array.astype(np.float64)).max() <= 0.5 / 127.5 + 1e-6
+
+
+ANY_DTYPE = hnp.scalar_dtypes() | hnp.datetime64_dtypes() | hnp.unicode_string_dtypes() | st.just(np.dtype(object))
+ANY_SHAPE = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(hnp.arrays(ANY_DTYPE, ANY_SHAPE | SHAPES, elements=None, fill=None) | st.from_type(object) | st.text(max_size=3))
+def test_anything_is_an_image_or_one_clear_line(value):
+    try:
+        made = images.as_image(value, notify=lambda _: None)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 400
+    else:
+        assert made.dtype == np.uint8
+        assert made.shape == np.shape(value)
+
+
+BASE = np.zeros((16, 16, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (BASE + 255, r"floats from 255 to 255, outside \[-1, 1\]; most likely 0 to 255: convert it to uint8"),
+        (np.where(np.arange(3) > 0, BASE + 1.5, BASE), "most likely 0 to 255"),
+        (BASE - 1.002, r"floats from -1.002 to -1.002, outside \[-1, 1\]"),
+        (BASE + 1.002, "outside"),
+        (BASE * np.nan, "not finite"),
+        (BASE - np.inf, "not finite"),
+        (BASE.astype(np.int64), "values of type int64: give uint8, or floats"),
+        (BASE.astype(np.uint16), "values of type uint16"),
+        (BASE.astype(bool), "values of type bool"),
+        (BASE.astype(complex), "values of type complex128"),
+        (BASE[..., 0], r"shape \[16, 16\], not \[height, width, 3\]: repeat a grey image's values"),
+        (BASE[..., :2], r"shape \[16, 16, 2\]"),
+        (np.zeros((16, 16, 4), np.uint8), "transparency"),
+        (np.zeros((3, 16, 16), np.uint8), "move the channels to the last axis"),
+        (BASE[None], "remove the batch axis"),
+        (np.zeros((2, 16, 16, 3)), "one image at a time"),
+        (np.zeros((0, 16, 3), np.uint8), "is empty"),
+        (np.zeros((7, 16, 3), np.uint8), "only 16 x 7 pixels"),
+        (Image.new("RGB", (16, 7)), "only 16 x 7 pixels"),
+        (None, "is a NoneType, not a path, a PIL image"),
+        (3.5, "is a float, not a path"),
+        ([[1, 2], [3]], "is a list, not a path"),
+        (np.array([None]), "an array of object, not a path"),
+        ("nowhere.png", "nowhere.png does not exist"),
+    ],
+)
+def test_arrays_that_are_not_images(value, says: str):
+    with pytest.raises(UserError, match=says) as caught:
+        images.as_image(value)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_just_outside_the_range_are_clipped():
+    np.testing.assert_array_equal(as_image_quietly(BASE - 1.0009), 0)
+    with pytest.warns(UserWarning, match="none is below 0"):
+        np.testing.assert_array_equal(images.as_image(BASE + 1.0009), 255)
+
+
+def test_jax_arrays():
+    array = RNG.uniform(-1, 1, (9, 11, 3)).astype(np.float32)
+    np.testing.assert_array_equal(as_image_quietly(jnp.asarray(array)), images.to_uint8(array))
+    half = jnp.asarray(array, jnp.bfloat16)
+    np.testing.assert_array_equal(as_image_quietly(half), images.to_uint8(np.asarray(half, np.float32)))
+
+
+def test_paths_and_pil_images_are_read_alike(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = np.linspace(0, 65535, 240).reshape(12, 20).astype("<u2")
+    alpha = Image.new("RGBA", (10, 12), (0, 100, 200, 128))
+    for name, image, options in (
+        ("turned.jpg", corners(), {"exif": exif}),
+        ("turned.tif", corners(), {"exif": exif}),
+        ("wide.png", Image.fromarray(wide), {}),
+        ("alpha.png", alpha, {}),
+        ("cmyk.jpg", corners().convert("CMYK"), {}),
+        ("palette.gif", corners().convert("P"), {}),
+        ("moving.gif", corners(), {"save_all": True, "append_images": [Image.new("RGB", (36, 24))]}),
+    ):
+        path = save(image, tmp_path / name, **options)
+        notes: dict[str, list[str]] = {"read": [], "path": [], "opened": []}
+        expected = images.read_image(path, notify=notes["read"].append)
+        np.testing.assert_array_equal(images.as_image(str(path), notify=notes["path"].append), expected)
+        with Image.open(path) as opened:
+            made = images.as_image(opened, notify=notes["opened"].append)
+            np.testing.assert_array_equal(made, expected)
+            np.testing.assert_array_equal(images.as_image(opened, notify=lambda _: None), expected)  # still usable
+        assert notes["path"] == notes["read"]
+        assert notes["opened"] == [note.replace(str(path), "the image") for note in notes["read"]]
+    np.testing.assert_array_equal(images.as_image(Image.fromarray(wide)), images.read_image(tmp_path / "wide.png"))
+
+
+def test_another_frame_of_an_animation(tmp_path: Path):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as image:
+        image.seek(2)
+        np.testing.assert_array_equal(as_image_quietly(image)[0, 0], (0, 0, 255))
+
+
+def test_pil_images_that_cannot_be_decoded(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded("PNG")[:2000])
+    with Image.open(path) as image, pytest.raises(UserError, match="the image is damaged or incomplete"):
+        images.as_image(image)
+    with pytest.raises(UserError, match="the image is damaged or incomplete"):
+        images.as_image(image)  # closed
+
+
 # --- segments ---
 
 LABELS = np.repeat(np.repeat(np.array([[0, 3, 3], [2, 2, 9]], np.int32), 8, 0), 8, 1)  # [16, 24]
@@ -437,7 +600,7 @@ def test_segment_files_of_every_kind(tmp_path: Path, kind: str):
     np.testing.assert_array_equal(images.read_segments(path, 16, 24, (16, 24)), expected)
 
 
-def test_segments_come_to_the_working_size_as_the_picture_does(tmp_path: Path):
+def test_segments_are_resized_like_their_image(tmp_path: Path):
     path = tmp_path / "a.png"
     images.save_segments(path, LABELS)
     np.testing.assert_array_equal(images.read_segments(path, 8, 12, (16, 24)), LABELS[::2, ::2])
@@ -449,7 +612,7 @@ def test_segments_come_to_the_working_size_as_the_picture_does(tmp_path: Path):
     cropped = images.read_segments(path, 16, 16, (16, 24), mode="crop")
     np.testing.assert_array_equal(cropped, LABELS[:, 4:20])
     np.testing.assert_array_equal(images.fit_labels(LABELS, 16, 16, "crop"), cropped)
-    # A letterbox of colours, of which black is one, gains no label.
+    # Black bars add no label to colours, even if one of them is black.
     colours = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)[(LABELS > 2).astype(int)]
     path = save(Image.fromarray(colours), tmp_path / "b.png")
     assert set(np.unique(images.read_segments(path, 24, 24, (16, 24), mode="letterbox"))) == {-1, 0, 1}
@@ -458,7 +621,7 @@ def test_segments_come_to_the_working_size_as_the_picture_does(tmp_path: Path):
 def test_a_segment_file_of_another_size(tmp_path: Path):
     path = tmp_path / "a.png"
     images.save_segments(path, LABELS)
-    with pytest.raises(UserError, match=r"has 24 x 16 pixels but the picture has 640 x 480"):
+    with pytest.raises(UserError, match=r"has 24 x 16 pixels but the image has 640 x 480"):
         images.read_segments(path, 256, 256, (480, 640))
 
 
@@ -472,7 +635,7 @@ def test_a_rotated_segment_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["colour", "grey", "float", "wide", "jpeg"])
-def test_a_photograph_is_no_segment_file(tmp_path: Path, kind: str):
+def test_a_photograph_is_not_a_segment_file(tmp_path: Path, kind: str):
     noise = RNG.integers(0, 256, (64, 64, 3), np.uint8)
     path = tmp_path / "a.png"
     if kind == "grey":
@@ -490,7 +653,7 @@ def test_a_photograph_is_no_segment_file(tmp_path: Path, kind: str):
         images.read_segments(path, 64, 64, (64, 64))
 
 
-def test_many_honest_labels_pass(tmp_path: Path):
+def test_many_labels_are_accepted(tmp_path: Path):
     labels = np.repeat(np.repeat(np.arange(150).reshape(10, 15), 8, 0), 8, 1)
     path = tmp_path / "a.png"
     images.save_segments(path, labels)
@@ -502,14 +665,14 @@ def test_many_honest_labels_pass(tmp_path: Path):
 def test_paste_back_reverses_fit(mode, shape):
     y, x = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     smooth = np.stack([128 + 60 * np.sin(x / 15), 128 + 60 * np.cos(y / 12), 100 + x / 2 + y / 2], -1)
-    picture = smooth.astype(np.uint8)
-    fitted = images.fit(picture, 96, 128, mode)
-    back = images.paste_back(picture, fitted, mode)
-    assert back.shape == picture.shape
-    # There and back through two Lanczos filters, and a crop that lies up to half a pixel aside.
-    assert np.abs(back.astype(int) - picture).max() <= (12 if mode == "crop" else 8)
-    # What was made of it arrives: all of it, but for what a crop left out.
-    white = images.paste_back(picture, np.ones((192, 256, 3), np.float32), mode)
+    image = smooth.astype(np.uint8)
+    fitted = images.fit(image, 96, 128, mode)
+    back = images.paste_back(image, fitted, mode)
+    assert back.shape == image.shape
+    # Forward and backward through two Lanczos filters, and a crop that is off by up to half a pixel.
+    assert np.abs(back.astype(int) - image).max() <= (12 if mode == "crop" else 8)
+    # A new image replaces everything except what a crop left out.
+    white = images.paste_back(image, np.ones((192, 256, 3), np.float32), mode)
     changed = (white == 255).all(-1)
     rows, columns = (min(n, m) for n, m in zip(shape, (shape[1] * 3 / 4, shape[0] * 4 / 3), strict=True))
     expected = rows * columns if mode == "crop" else shape[0] * shape[1]

@@ -1,10 +1,11 @@
-"""LPIPS against the reference's numbers, and what an optimisation needs of it."""
+"""LPIPS against the reference's numbers, and the properties that an optimization needs."""
 
 import pickle
 import sys
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ckpt_convert.lpips import convert
 from samjax.errors import UserError
 from samjax.io import weights
 from samjax.nets import blocks, lpips
 
-torch.set_num_threads(1)  # its waiting threads take the processor from JAX's
+torch.set_num_threads(1)  # its idle threads would take CPU time from JAX's
 
 NETS: tuple[lpips.Net, ...] = ("vgg", "alex")
-SLOW_VGG = (pytest.param("vgg", marks=pytest.mark.slow), "alex")  # where it takes half a minute to compile
+SLOW_VGG = (pytest.param("vgg", marks=pytest.mark.slow), "alex")  # for programs that take half a minute to compile
 SHAPES: dict[lpips.Net, tuple[int, ...]] = {"vgg": (3, 37, 23, 3), "alex": (3, 61, 50, 3)}  # one compilation serves all
 TOLERANCE = 1e-5  # absolute; values are near 0.5, and float32 sums of some 1e6 terms differ by a few 1e-7
 
@@ -36,7 +36,7 @@ def random_images(seed: int, *shape: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="net")
 def evaluate(params: lpips.Params, x: jax.Array, y: jax.Array, net: lpips.Net) -> tuple[jax.Array, ...]:
-    """Distances, maps, and the gradient of the summed distances to `x`, with the features of `y` taken once."""
+    """Distances, maps, and the gradient of the sum of distances with respect to `x`; features of `y` are constant."""
     fy = lpips.features(params, y, net)
 
     def loss(x):
@@ -77,7 +77,7 @@ def test_matches_reference(net, params, golden):
 
 
 def torch_stages(params: lpips.Params, x: torch.Tensor, net: str) -> list[torch.Tensor]:
-    """The backbones written once more, in PyTorch."""
+    """The backbones, written independently in PyTorch."""
     x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
     outputs = []
     for name, layer in sorted(params["backbone"].items()):
@@ -96,7 +96,7 @@ def torch_stages(params: lpips.Params, x: torch.Tensor, net: str) -> list[torch.
 
 @pytest.mark.parametrize(("net", "shape"), SHAPES.items())
 def test_odd_sizes_match_torch(net, shape, params):
-    """Value, map and gradient to the image; sizes that no pooling divides."""
+    """Value, map and gradient; sizes that no pooling divides."""
     x, y, size = random_images(0, *shape), random_images(1, *shape), shape[1:3]
     tx = nchw(x).requires_grad_()
     value, spatial = torch.zeros(shape[0]), torch.zeros(shape[0], 1, *size)
@@ -112,7 +112,7 @@ def test_odd_sizes_match_torch(net, shape, params):
     assert np.abs(ours[0] - value.detach().numpy()).max() < TOLERANCE
     assert np.abs(ours[1][..., None] - nhwc(spatial)).max() < TOLERANCE
     theirs = nhwc(tx.grad)
-    assert np.abs(ours[2] - theirs).max() < 1e-4 * np.ptp(theirs)  # sums in another order, twice over
+    assert np.abs(ours[2] - theirs).max() < 1e-4 * np.ptp(theirs)  # sums in another order, forward and backward
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -140,7 +140,7 @@ def test_upsampling_matches_torch(size):
     assert np.abs(np.asarray(blocks.resize_bilinear(x, size)) - nhwc(theirs)).max() < 1e-6  # float32 rounding
 
 
-# --- what an optimisation needs ---
+# --- optimization ---
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -148,27 +148,27 @@ def test_flat_and_equal_images_have_finite_gradients(net, params):
     images = random_images(4, *SHAPES[net])
     images[0], images[1] = 0, -1
     value, spatial, grad = evaluate(params[net], images, images, net)
-    # Not quite zero: the compiler may round two copies of one sum differently.
+    # Not exactly zero: XLA may round two copies of one sum differently.
     assert np.all(np.abs(value) < 1e-10)
     assert np.all(np.abs(spatial) < 1e-9)
     assert np.all(np.abs(grad) < 1e-6)
     value, _, grad = evaluate(params[net], images, images[::-1], net)
     assert np.all(value[::2] > 0.1)
-    assert np.isfinite(grad).all()
+    chex.assert_tree_all_finite(grad)
     assert all(np.abs(grad[i]).max() > 0 for i in (0, 2))
 
 
 def test_gradient_is_finite_where_all_channels_are_zero():
-    """Both for the normalisation on its own, and for the whole network with its ReLUs shut."""
+    """For the normalization alone, and for the whole network with all ReLUs at zero."""
     x = jnp.zeros((1, 2, 2, 4)).at[0, 0, 0].set(jnp.array([3.0, 0.0, 4.0, 0.0]))
     value, grad = jax.jit(jax.value_and_grad(lambda x: jnp.sum(lpips.normalize_channels(x) ** 2)))(x)
     assert float(value) == pytest.approx(1.0)
-    assert np.isfinite(grad).all()
+    chex.assert_tree_all_finite(grad)
     np.testing.assert_allclose(lpips.normalize_channels(x)[0, 0, 0], [0.6, 0, 0.8, 0], rtol=1e-6)
 
     tree = jax.eval_shape(lambda: lpips.init("vgg", key=jax.random.key(0)))
-    shut = jax.tree.map(lambda a: np.full(a.shape, -1.0 if len(a.shape) == 1 else 0.0, np.float32), tree)
-    for result in evaluate(shut, random_images(5, *SHAPES["vgg"]), random_images(6, *SHAPES["vgg"]), "vgg"):
+    dead = jax.tree.map(lambda a: np.full(a.shape, -1.0 if len(a.shape) == 1 else 0.0, np.float32), tree)
+    for result in evaluate(dead, random_images(5, *SHAPES["vgg"]), random_images(6, *SHAPES["vgg"]), "vgg"):
         assert np.all(np.asarray(result) == 0)
 
 
@@ -176,10 +176,10 @@ def test_gradient_is_finite_where_all_channels_are_zero():
 def test_one_and_many_agree_and_order_does_not_matter(net, params):
     p, x, y = params[net], random_images(7, *SHAPES[net]), random_images(8, *SHAPES[net])
     many, spatial, grad = (np.asarray(a) for a in evaluate(p, x, y, net))
-    assert np.abs(many - many[0]).max() > 1e-3  # else the comparisons below say nothing
+    assert np.abs(many - many[0]).max() > 1e-3  # or the comparisons below would show nothing
     one = jax.jit(lpips.lpips, static_argnames="net")(p, x[1:2], y[1:2], net)
     np.testing.assert_allclose(one, many[1:2], atol=1e-6)  # float32 rounding
-    # The middle image has other neighbours now; nothing of it may change, its gradient included.
+    # The middle image has other neighbors now: neither its value nor its gradient may change.
     moved = evaluate(p, np.stack([y[0], x[1], y[2]]), y, net)
     for ours, before in zip(moved, (many, spatial, grad), strict=True):
         np.testing.assert_allclose(ours[1], before[1], atol=1e-6)
@@ -198,12 +198,12 @@ def test_one_target_serves_many_images(params):
 def test_lpips_is_features_then_distance(spatial, params):
     x, y = (random_images(i, *SHAPES["alex"]) for i in (7, 8))
     whole = jax.jit(lpips.lpips, static_argnames=("net", "spatial"))(params["alex"], x, y, "alex", spatial)
-    assert whole.shape == ((3, 61, 50) if spatial else (3,))
+    chex.assert_shape(whole, (3, 61, 50) if spatial else (3,))
     np.testing.assert_allclose(whole, evaluate(params["alex"], x, y, "alex")[spatial], atol=1e-5)
 
 
 def test_precision_follows_jax(params):
-    """Convolutions carry the precision of the context they are traced in, and none of their own."""
+    """Convolutions have the precision of the context in which they are traced."""
     x = random_images(9, 1, 32, 32, 3)
 
     def precisions():
@@ -228,8 +228,10 @@ def test_bad_images_are_refused(params):
             lpips.features(params[net], jnp.zeros((1, 64, size - 1, 3)), net)
     with pytest.raises(ValueError, match="one size"):
         lpips.lpips(params["alex"], good, jnp.zeros((1, 33, 32, 3)), "alex")
-    for call in (lambda: lpips.features(params["alex"], good, "squeeze"), lambda: weights.load_lpips("squeeze"),
-                 lambda: convert({}, {}, "squeeze"), lambda: lpips.init("squeeze", key=jax.random.key(0))):  # fmt: skip
+    unknown: Any = "squeeze"
+    for call in (lambda: lpips.features(params["alex"], good, unknown), lambda: weights.load_lpips(unknown),
+                 lambda: lpips.prepack(params["vgg"], 32, 32, unknown),
+                 lambda: lpips.init(unknown, key=jax.random.key(0))):  # fmt: skip
         with pytest.raises(ValueError, match="vgg or alex"):
             call()
 
@@ -301,53 +303,15 @@ def test_nothing_in_a_weight_file_runs(content):
         weights.parse_lpips(pickle.dumps(content, protocol=3), "alex")
 
 
-def torch_names(params: lpips.Params, net: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The state dicts of torchvision and `lpips` that hold these parameters; numbering counted, not looked up."""
-    backbone, heads, index = {}, {}, 0
-    plan = [2, 2, 3, 3, 3] if net == "vgg" else [1, 1, 3]  # convolutions between poolings
-    layers = iter(v for _, v in sorted(params["backbone"].items()))
-    for count in plan:
-        for _ in range(count):
-            layer = next(layers)
-            backbone[f"features.{index}.weight"] = np.asarray(layer["weight"]).transpose(3, 2, 0, 1)
-            backbone[f"features.{index}.bias"] = np.asarray(layer["bias"])
-            index += 2  # itself and its ReLU
-        index += 1  # the pooling
-    for i in range(5):
-        heads[f"lin{i}.model.1.weight"] = np.asarray(params["heads"][f"lin{i}"])[None, :, None, None]
-    return backbone, heads
+# --- prepacked, and in half precision ---
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_converts_from_torch_names(net, params):
-    backbone, heads = torch_names(params[net], net)
-    classifier = {"classifier.1.weight": np.zeros((2, 2), np.float32)}
-    converted = convert({**backbone, **classifier}, heads, net)
-    assert jax.tree.structure(converted) == jax.tree.structure(params[net])
-    jax.tree.map(np.testing.assert_array_equal, converted, params[net])
-
-
-def test_conversion_lists_all_faults(params):
-    backbone, heads = torch_names(params["alex"], "alex")
-    backbone["features.9.weight"] = backbone.pop("features.3.bias")
-    backbone["features.0.bias"] = np.full(64, np.nan, np.float32)
-    heads["lin1.model.1.weight"] = np.zeros((1, 3, 1, 1), np.float32)
-    with pytest.raises(UserError) as error:
-        convert(backbone, heads, "alex")
-    for part in ("missing features.3.bias", "unexpected features.9.weight", "features.0.bias is not of finite",
-                 "lin1.model.1.weight has shape [1, 3, 1, 1] instead of [1, 192, 1, 1]"):  # fmt: skip
-        assert part in str(error.value)
-
-
-# --- for many calls, and in half precision ---
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_frozen_is_the_same(params, net):
+def test_prepacking_changes_nothing(params, net):
     shape = SHAPES[net]
     x, y = random_images(0, *shape), random_images(1, *shape)
-    frozen = lpips.freeze(params[net], *shape[1:3], net)
-    for ours, theirs in zip(evaluate(frozen, x, y, net), evaluate(params[net], x, y, net), strict=True):
+    prepacked = lpips.prepack(params[net], *shape[1:3], net)
+    for ours, theirs in zip(evaluate(prepacked, x, y, net), evaluate(params[net], x, y, net), strict=True):
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()  # another order of sums
 
 
@@ -355,7 +319,7 @@ def test_frozen_is_the_same(params, net):
 def test_half_precision(params, net):
     shape = SHAPES[net]
     x, y = random_images(0, *shape), random_images(1, *shape)
-    half = lpips.freeze(params[net], *shape[1:3], net, half_precision=True)
+    half = lpips.prepack(params[net], *shape[1:3], net, half_precision=True)
 
     @jax.jit
     def pull(params: lpips.Params, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
@@ -370,6 +334,54 @@ def test_half_precision(params, net):
     assert 0.95 < np.corrcoef(np.ravel(rounded_gradient), np.ravel(gradient))[0, 1] < 1 - 1e-6
 
 
-def test_freezing_an_unknown_network(params):
-    with pytest.raises(ValueError, match="vgg or alex"):
-        lpips.freeze(params["vgg"], 32, 32, "squeeze")  # type: ignore[arg-type]
+@pytest.mark.parametrize(("net", "size", "count"), [("vgg", 64, 13), ("alex", 528, 5)])
+def test_without_minimal_filtering_all_convolutions_are_plain(net, size, count):
+    """One for each layer, forward and backward; by default there are more on a CPU."""
+    params = jax.eval_shape(lambda: lpips.init(net, key=jax.random.key(0)))
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    target = jax.eval_shape(lambda p, x: lpips.features(p, x, net), params, image)
+
+    @jax.jit
+    @jax.value_and_grad
+    def step(x, params, target):
+        return lpips.distance(params, lpips.features(params, x, net), target).sum()
+
+    def convolutions(minimal: bool | None) -> int:
+        prepacked = jax.eval_shape(lambda p: lpips.prepack(p, size, size, net, minimal=minimal), params)
+        return step.lower(image, prepacked, target).as_text().count("stablehlo.convolution")
+
+    assert convolutions(False) == 2 * count
+    assert convolutions(None) > 2 * count
+
+
+def random_features(seed: int, count: int) -> tuple[np.ndarray, ...]:
+    return tuple(random_images(seed + i, count, 3, 2, c) for i, c in enumerate(lpips.STAGE_CHANNELS["alex"]))
+
+
+class TestDistance(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_is_the_weighted_mean(self):
+        fx, fy = random_features(0, 3), random_features(10, 1)
+        heads = {f"lin{i}": np.abs(f[0, 0, 0]) for i, f in enumerate(random_features(20, 1))}
+        maps = [np.sum(np.square(x - y) * w, -1) for x, y, w in zip(fx, fy, heads.values(), strict=True)]
+        ours = self.variant(lpips.distance)({"heads": heads}, fx, fy)
+        chex.assert_trees_all_close(ours, sum(m.mean((1, 2)) for m in maps), rtol=1e-5)  # float32 rounding
+        spatial = self.variant(lambda *a: lpips.spatial_distance(*a, (3, 2)))({"heads": heads}, fx, fy)
+        chex.assert_trees_all_close(spatial, sum(maps), rtol=1e-5)
+
+
+def test_distance_names_a_wrong_rank(params):
+    fx = random_features(0, 1)
+    for call in (lpips.distance, partial(lpips.spatial_distance, size=(3, 2))):
+        with pytest.raises(AssertionError, match="rank 3"):
+            call(params["alex"], fx, tuple(f[0] for f in fx))
+
+
+def test_other_values_compile_nothing(params):
+    """Other images, another target, other parameters."""
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(lambda p, fx, fy: lpips.distance(p, fx, fy), n=1))
+    first = step(params["alex"], random_features(0, 2), random_features(10, 1))
+    scaled = {"heads": jax.tree.map(lambda w: 2 * w, params["alex"]["heads"])}
+    second = step({**params["alex"], **scaled}, random_features(1, 2), random_features(11, 1))
+    assert np.all(first != second)

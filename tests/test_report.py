@@ -1,4 +1,4 @@
-"""Pictures whose texts fit, and a report that opens offline and hides nothing in its names."""
+"""Figures whose text fits, a report that works offline and escapes all names, and the directory of results."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import itertools
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from samjax import maps
-from samjax.io import html_report, report, sheets
+from samjax import layer_selection, losses, report
+from samjax.analysis import Analysis
+from samjax.config import Category, InversionConfig
+from samjax.inversion import Terms
+from samjax.io import images
+from samjax.report import figures, html, sheets
+from samjax.results import Inversion
 
 LAYERS = ("W+", "F4", "F6", "F8", "F10")
 NASTY = '<script>alert("x")</script> & <b>bold</b>'
@@ -24,8 +30,8 @@ NASTY = '<script>alert("x")</script> & <b>bold</b>'
 
 def make(
     size: tuple[int, int] = (64, 64), *, layers: tuple[str, ...] = LAYERS, long: bool = False, segments: int = 4
-) -> report.Result:
-    """A result drawn by hand: `segments` stripes of the picture, one after another in each layer."""
+) -> report.Content:
+    """A made-up content: `segments` vertical stripes that take the layers in turn."""
     height, width = size
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     image = np.stack([x, y, -x * y], -1).astype(np.float32)
@@ -34,9 +40,9 @@ def make(
     means = [tuple(0.3 if i < c else 0.1 for i in range(len(layers))) for c in chosen]
     maps = np.stack([np.array(means)[:, i][stripes] for i in range(len(layers))]).astype(np.float32)
     rows = [
-        report.SegmentRow(
+        report.Segment(
             label=3 * s,
-            name=None if s == 1 else f"{'a very long name for a region of a picture ' * long}région {s}",
+            name=None if s == 1 else f"{'a very long name for a segment of an image ' * long}région {s}",
             share=float((stripes == s).mean()),
             means=means[s],
             layer=layers[chosen[s]],
@@ -57,11 +63,11 @@ def make(
         "F10": {"MSE": 0.003, "PSNR": float("inf"), "SSIM": 0.93, "LPIPS": 0.259},
         "SAM": {"MSE": 0.004, "PSNR": float("nan"), "SSIM": 0.915, "LPIPS": 0.281},
     }
-    return report.Result(
+    return report.Content(
         name="scene 3",
         image=image,
         segments=3 * stripes,
-        segment_rows=rows,
+        rows=rows,
         layers=layers,
         maps=maps,
         layer_map=chosen[stripes],
@@ -91,18 +97,18 @@ CASES = {
 }
 
 
-def drawn(result: report.Result) -> dict[str, sheets.Sheet]:
-    pictures = {
-        "segments": report.draw_segments(result),
-        "invertibility": report.draw_invertibility(result),
-        "layers": report.draw_layers(result),
-        "comparison": report.draw_comparison(result),
+def drawn(content: report.Content) -> dict[str, sheets.Sheet]:
+    drawings = {
+        "segments": figures.draw_segments(content),
+        "invertibility": figures.draw_invertibility(content),
+        "layers": figures.draw_layers(content),
+        "comparison": figures.draw_comparison(content),
     }
-    return pictures | {f"strip {name}": report.draw_edit_strip(result, name) for name in result.edits}
+    return drawings | {f"strip {name}": figures.draw_edit_strip(content, name) for name in content.edits}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_in_a_picture_overlaps_or_leaves_it(case: str):
+def test_nothing_in_a_figure_overlaps_or_leaves_it(case: str):
     for name, sheet in drawn(CASES[case]).items():
         array = sheet.array()
         assert array.dtype == np.uint8
@@ -118,26 +124,26 @@ def test_nothing_in_a_picture_overlaps_or_leaves_it(case: str):
             assert apart, (name, a, b)
 
 
-def test_functions_that_return_arrays_are_those_drawings():
-    result = CASES["cars"]
-    np.testing.assert_array_equal(report.segments_picture(result), report.draw_segments(result).array())
-    np.testing.assert_array_equal(report.invertibility_picture(result), report.draw_invertibility(result).array())
-    np.testing.assert_array_equal(report.layers_picture(result), report.draw_layers(result).array())
-    weaker = report.comparison_picture(result, "blue car", 1.0)
-    assert weaker.shape == report.comparison_picture(result).shape
-    assert (weaker != report.comparison_picture(result)).any()
-    assert report.edit_strip(result, "blue car", ["SAM"]).shape[0] < report.edit_strip(result, "blue car").shape[0]
+def test_figures_are_the_drawn_sheets():
+    content = CASES["cars"]
+    np.testing.assert_array_equal(report.segments_figure(content), figures.draw_segments(content).array())
+    np.testing.assert_array_equal(report.invertibility_figure(content), figures.draw_invertibility(content).array())
+    np.testing.assert_array_equal(report.layers_figure(content), figures.draw_layers(content).array())
+    weaker = report.comparison_figure(content, "blue car", 1.0)
+    assert weaker.shape == report.comparison_figure(content).shape
+    assert (weaker != report.comparison_figure(content)).any()
+    assert report.edit_strip(content, "blue car", ["SAM"]).shape[0] < report.edit_strip(content, "blue car").shape[0]
 
 
-def test_the_layers_picture_has_the_palette():
-    picture = report.layers_picture(CASES["square"])
+def test_the_layers_figure_has_the_palette():
+    figure = report.layers_figure(CASES["square"])
     for name, colour in report.PALETTE.items():
-        assert (picture == colour).all(-1).sum() > 1000, name
+        assert (figure == colour).all(-1).sum() > 1000, name
 
 
-def test_the_layer_overlay_colours_each_region_by_its_layer():
-    result = make((64, 100), segments=5)
-    overlay = report.layers_overlay(result, 128, 200).astype(int)
+def test_the_layer_overlay_colours_each_segment_by_its_layer():
+    content = make((64, 100), segments=5)
+    overlay = report.layers_overlay(content, 128, 200).astype(int)
     palette = np.array([report.PALETTE[name] for name in LAYERS])
     for stripe in range(5):
         # Each colour has a line of shades; the pixel lies on that of its layer.
@@ -152,30 +158,30 @@ def test_the_layer_overlay_colours_each_region_by_its_layer():
     assert white[10:30].max() == 0
 
 
-def test_the_comparison_shows_the_pictures_themselves():
-    result = make((330, 330))
-    sheet = report.draw_comparison(result)
+def test_the_comparison_shows_the_images_themselves():
+    content = make((330, 330))
+    sheet = figures.draw_comparison(content)
     array = sheet.array()
     boxes = [box for box in sheet.boxes if box.kind == "image"]
     assert len(boxes) == 8
-    expected = [result.image, *result.reconstructions.values()]
+    expected = [content.image, *content.reconstructions.values()]
     for box, image in zip(boxes[:4], expected, strict=True):
         shown = array[int(box.top) : int(box.bottom), int(box.left) : int(box.right)]
         assert np.abs(shown / 127.5 - 1 - image).max() < 0.01
 
 
 def test_shares_and_scale():
-    result = make(segments=5)
-    shares = report.layer_shares(result)
+    content = make(segments=5)
+    shares = report.layer_shares(content)
     assert list(shares) == list(LAYERS)
     assert sum(shares.values()) == pytest.approx(1)
-    assert shares["W+"] == pytest.approx((result.layer_map == 0).mean())
-    assert report.heat_limit(result) == pytest.approx(0.3)
-    assert report.heat_limit(dataclasses.replace(result, threshold=0.9)) == pytest.approx(1.1)
-    assert report.heat_limit(dataclasses.replace(result, threshold=0.0, maps=result.maps * 0)) == pytest.approx(0.1)
+    assert shares["W+"] == pytest.approx((content.layer_map == 0).mean())
+    assert report.heat_limit(content) == pytest.approx(0.3)
+    assert report.heat_limit(dataclasses.replace(content, threshold=0.9)) == pytest.approx(1.1)
+    assert report.heat_limit(dataclasses.replace(content, threshold=0.0, maps=content.maps * 0)) == pytest.approx(0.1)
 
 
-def test_heat_is_monotonous_in_lightness():
+def test_heat_is_monotonic_in_lightness():
     colours = sheets.heat(np.linspace(-0.1, 0.6, 400), 0.5).astype(float)
     grey = colours @ (0.2126, 0.7152, 0.0722)
     assert (np.diff(grey) > -1.5).all()  # rounding to 8 bits
@@ -196,6 +202,17 @@ def test_smooth_labels():
     assert (sheets.smooth_labels(labels, 160, 160) == np.repeat(np.repeat(labels, 4, 0), 4, 1)).mean() > 0.98
     small = sheets.smooth_labels(labels, 20, 10)
     assert small[10, 5] == 7
+
+
+def test_outlines_are_centred_bands():
+    labels = np.zeros((40, 60), np.int32)
+    labels[20:, :30] = 1
+    for thickness in (2, 4, 6):
+        band = sheets.outlines(labels, thickness)
+        np.testing.assert_array_equal(np.flatnonzero(band[:, 10]), 20 + np.arange(-thickness // 2, thickness // 2))
+        np.testing.assert_array_equal(np.flatnonzero(band[35]), 30 + np.arange(-thickness // 2, thickness // 2))
+        assert not band[:15, :].any()
+    assert not sheets.outlines(labels * 0, 4).any()
 
 
 def test_printable():
@@ -219,11 +236,11 @@ def test_printable():
         ({"edits": {"blue": {1: {"SAM": np.zeros((1, 64, 64, 3))}}}}, "edit blue 1 SAM has shape"),
         ({"sweep": {0.5: (np.zeros((64, 3)), 0.1)}}, "sweep 0.5 has shape"),
         ({"thresholds": (0.1, float("nan"))}, "finite"),
-        ({"segment_rows": [report.SegmentRow(0, None, 1.0, (0.1,), "W+")]}, "does not fit the layers"),
-        ({"segment_rows": [report.SegmentRow(0, None, 1.0, (0.1,) * 5, "F12")]}, "does not fit the layers"),
+        ({"rows": [report.Segment(0, None, 1.0, (0.1,), "W+")]}, "does not fit the layers"),
+        ({"rows": [report.Segment(0, None, 1.0, (0.1,) * 5, "F12")]}, "does not fit the layers"),
     ],
 )
-def test_results_that_do_not_fit_together(change: dict, says: str):
+def test_contents_that_do_not_fit_together(change: dict, says: str):
     with pytest.raises(ValueError, match=says):
         dataclasses.replace(make(), **change)
 
@@ -234,29 +251,29 @@ def test_results_that_do_not_fit_together(change: dict, says: str):
 def test_layers_at_a_threshold_are_those_of_select_layers():
     rng = np.random.default_rng(0)
     means = rng.uniform(0, 1, (5, 40)).astype(np.float32)
-    rows = [report.SegmentRow(s, None, 1 / 40, tuple(means[:, s].tolist()), "W+") for s in range(40)]
-    result = dataclasses.replace(make(), segment_rows=rows, threshold=-1.0)
-    # Among them means themselves, which are admitted, and values that single precision alone tells apart or not.
+    rows = [report.Segment(s, None, 1 / 40, tuple(means[:, s].tolist()), "W+") for s in range(40)]
+    content = dataclasses.replace(make(), rows=rows, threshold=-1.0)
+    # Including the means themselves, which are admitted, and values that differ in double precision only.
     for threshold in (0.0, 0.1, 0.35, 1.0, *means[:2, 0].tolist(), float(means[1, 3]) - 1e-12):
-        expected = np.asarray(maps.select_layers(means, np.float32(threshold)))
-        assert report.layers_at(result, threshold) == tuple(LAYERS[index] for index in expected), threshold
-    assert set(report.layers_at(result, -1.0)) == {"W+"}  # the result's own threshold: what it says
+        expected = np.asarray(layer_selection.select_layers(means, np.float32(threshold)))
+        assert report.layers_at(content, threshold) == tuple(LAYERS[index] for index in expected), threshold
+    assert set(report.layers_at(content, -1.0)) == {"W+"}  # its own threshold: the layers of its rows
 
 
 def test_thresholds_shown():
-    result = make(segments=5)
-    assert report.shown_thresholds(dataclasses.replace(result, thresholds=(0.5, 0.1))) == [0.1, 0.225, 0.5]
-    sweep = {0.4: (result.image, 0.1), 0.2: (result.image, 0.1)}
-    assert report.shown_thresholds(dataclasses.replace(result, sweep=sweep)) == [0.2, 0.225, 0.4]
+    content = make(segments=5)
+    assert report.shown_thresholds(dataclasses.replace(content, thresholds=(0.5, 0.1))) == [0.1, 0.225, 0.5]
+    sweep = {0.4: (content.image, 0.1), 0.2: (content.image, 0.1)}
+    assert report.shown_thresholds(dataclasses.replace(content, sweep=sweep)) == [0.2, 0.225, 0.4]
     # By default: values that choose different layers, from the last everywhere to the first everywhere.
-    shown = report.shown_thresholds(result)
+    shown = report.shown_thresholds(content)
     assert shown == [0.09, 0.225, 0.3]
-    chosen = [report.layers_at(result, value) for value in shown]
+    chosen = [report.layers_at(content, value) for value in shown]
     assert len(set(chosen)) == 3
     assert set(chosen[0]) == {"F10"}
     assert set(chosen[-1]) == {"W+"}
-    many = dataclasses.replace(CASES["many segments"], segment_rows=[
-        report.SegmentRow(s, None, 1 / 60, (0.9 - 0.01 * s, 0.5, 0.3, 0.2, 0.1), "F4") for s in range(60)
+    many = dataclasses.replace(CASES["many segments"], rows=[
+        report.Segment(s, None, 1 / 60, (0.9 - 0.01 * s, 0.5, 0.3, 0.2, 0.1), "F4") for s in range(60)
     ])  # fmt: skip
     assert 7 <= len(report.shown_thresholds(many)) <= 8
 
@@ -312,7 +329,7 @@ def decoded(uri: str | None) -> np.ndarray:
 
 
 def assert_only_our_script_runs(page: Page) -> None:
-    """The page holds its data and our script, which alone its security policy lets run."""
+    """The page has its data and our script, and its security policy allows only that script."""
     assert page.all("script") == [{"type": "application/json", "id": "data"}, {}]
     data, script = page.scripts
     json.loads(data)
@@ -338,12 +355,12 @@ def test_the_report_is_sound_and_offline(case: str):
     assert_only_our_script_runs(page)
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    pictures = page.all("image")
-    assert len({image["href"] for image in pictures}) == len(pictures)  # each is there once
-    for image in pictures:
+    stored = page.all("image")
+    assert len({image["href"] for image in stored}) == len(stored)  # each is there once
+    for image in stored:
         assert decoded(image["href"]).size
     used = {use["href"] for use in page.all("use") if "href" in use}
-    assert {f"#{image['id']}" for image in pictures} <= used <= {f"#{name}" for name in ids}
+    assert {f"#{image['id']}" for image in stored} <= used <= {f"#{name}" for name in ids}
     assert len(page.all("h1")) == 1
     for _, attributes in page.elements:
         assert attributes.get("role") != "img" or attributes["aria-label"]
@@ -355,9 +372,9 @@ def test_the_report_is_sound_and_offline(case: str):
         assert left_over not in page.text.replace("none None", ""), left_over
 
 
-def test_the_report_tells_what_happened():
-    result = make(segments=5)
-    page = Page(report.render_html(result))
+def test_the_report_contains_names_and_numbers():
+    content = make(segments=5)
+    page = Page(report.render_html(content))
     text = page.text
     for said in ("scene 3", "0.225", "région 2", "segment 3", "20% in W+", "blue car", "日本 Größe", "strength 2.5"):
         assert said in text, said
@@ -367,23 +384,23 @@ def test_the_report_tells_what_happened():
     assert len(tables) == 2
     chosen = [attributes for attributes in page.all("td") if attributes.get("class") == "chosen"]
     assert len(chosen) == 5
-    # Input, its grey, 3 methods, 5 maps, and 2 strengths x 3 methods; strength 0 is the reconstruction, and both
-    # directions give the same.
-    pictures = {image["id"]: image["href"] for image in page.all("image")}
-    assert len(pictures) == 1 + 1 + 3 + 5 + 6
+    # The input, its grey version, 3 methods, 5 maps, and 2 strengths x 3 methods: strength 0 is the reconstruction,
+    # and both directions have the same images.
+    stored = {image["id"]: image["href"] for image in page.all("image")}
+    assert len(stored) == 1 + 1 + 3 + 5 + 6
     shown = [use["href"] for use in page.all("use") if "href" in use]
-    first = decoded(pictures[(shown[0] or "")[1:]])
+    first = decoded(stored[(shown[0] or "")[1:]])
     assert first.shape == (64, 64, 3)
-    assert np.abs(first / 127.5 - 1 - result.image).mean() < 0.05
+    assert np.abs(first / 127.5 - 1 - content.image).mean() < 0.05
     lines = page.all("polyline")
     assert len(lines) == 2
-    assert len((lines[1]["points"] or "").split()) == 2  # what is not finite or not above 0 is left out
+    assert len((lines[1]["points"] or "").split()) == 2  # values that are not finite or not positive are left out
 
 
 def test_the_report_shows_other_thresholds():
-    result = make(segments=5)
-    sweep = {0.05: (-result.image, 0.5), 0.4: (result.image * 0.5, 0.25)}
-    page = Page(report.render_html(dataclasses.replace(result, thresholds=(0.1,), sweep=sweep)))
+    content = make(segments=5)
+    sweep = {0.05: (-content.image, 0.5), 0.4: (content.image * 0.5, 0.25)}
+    page = Page(report.render_html(dataclasses.replace(content, thresholds=(0.1,), sweep=sweep)))
     states = json.loads(page.scripts[0])["thresholds"]
     assert [state["text"] for state in states] == ["0.05", "0.1", "0.225", "0.4"]
     assert [state["lpips"] for state in states] == ["0.500", None, "0.281", "0.250"]  # its own: SAM's
@@ -396,7 +413,7 @@ def test_the_report_shows_other_thresholds():
     assert "LPIPS 0.500" in page.text
 
 
-def test_outlines_are_those_of_the_regions():
+def test_outlines_match_their_regions():
     y, x = np.mgrid[:90, :120]
     disc = (y - 40) ** 2 + (x - 50) ** 2 < 30**2
     ring = disc & ((y - 40) ** 2 + (x - 50) ** 2 > 12**2)
@@ -404,36 +421,36 @@ def test_outlines_are_those_of_the_regions():
     speck = (y == 10) & (x == 100)
     for region in (disc, ring, corner, corner | disc, speck):
         canvas = Image.new("1", (1200, 900))
-        for loop in html_report._outline(region).strip("MZ").split("ZM"):
+        for loop in html._outline(region).strip("MZ").split("ZM"):
             points = [(10 * float(px), 10 * float(py)) for px, py in (point.split(",") for point in loop.split())]
             one = Image.new("1", canvas.size)
             ImageDraw.Draw(one).polygon(points, fill=1)
-            canvas = Image.fromarray(np.asarray(canvas) ^ np.asarray(one))  # what lies in a hole is out
+            canvas = Image.fromarray(np.asarray(canvas) ^ np.asarray(one))  # holes are left out
         drawn = np.asarray(canvas.convert("L").resize((120, 90), Image.Resampling.BOX)) >= 127
         assert (drawn != region).sum() <= 0.01 * region.sum(), region.sum()
 
 
 def test_the_chart_has_round_numbers_and_every_line_inside():
     for losses in ([3.0, 0.07], [1.0, 1.0], [1e-9, 1e9], [5.0, 2.0]):
-        chart = html_report._loss_chart({"SAM": losses})
+        chart = html._loss_chart({"SAM": losses})
         assert chart is not None
         assert 2 <= len(chart["ticks"]) <= 11
         assert all(0 <= tick["y"] <= 100 for tick in chart["ticks"])
         heights = [float(point.split(",")[1]) for point in chart["lines"][0]["path"].split()]
         assert all(0 <= height <= 100 for height in heights)
-    assert html_report._loss_chart({"SAM": [float("nan"), 0.0, -1.0], "W+": [1.0]}) is None
+    assert html._loss_chart({"SAM": [float("nan"), 0.0, -1.0], "W+": [1.0]}) is None
 
 
-def test_the_last_resort_is_said():
-    result = make()
-    row = dataclasses.replace(result.segment_rows[0], means=(0.5,) * 5, layer="F10")
-    page = Page(report.render_html(dataclasses.replace(result, segment_rows=[row, *result.segment_rows[1:]])))
+def test_segments_that_no_layer_fits_are_marked():
+    content = make()
+    row = dataclasses.replace(content.rows[0], means=(0.5,) * 5, layer="F10")
+    page = Page(report.render_html(dataclasses.replace(content, rows=[row, *content.rows[1:]])))
     notes = [attributes for attributes in page.all("span") if attributes.get("class") == "last"]
     assert sum("hidden" not in attributes for attributes in notes) == 1
     assert len(notes) == 4
-    # A mean in single precision is admitted by the threshold of its value: 0.3 is a little more there.
-    row = dataclasses.replace(result.segment_rows[0], means=(0.9,) * 4 + (float(np.float32(0.3)),), layer="F10")
-    exact = dataclasses.replace(result, segment_rows=[row, *result.segment_rows[1:]], threshold=0.3)
+    # A mean in single precision is admitted by a threshold of the same value, though float32(0.3) > 0.3.
+    row = dataclasses.replace(content.rows[0], means=(0.9,) * 4 + (float(np.float32(0.3)),), layer="F10")
+    exact = dataclasses.replace(content, rows=[row, *content.rows[1:]], threshold=0.3)
     notes = [
         attributes for attributes in Page(report.render_html(exact)).all("span") if attributes.get("class") == "last"
     ]
@@ -441,26 +458,26 @@ def test_the_last_resort_is_said():
 
 
 def test_layers_chosen_by_hand_stay():
-    result = make()
-    row = dataclasses.replace(result.segment_rows[2], layer="F10", forced=True)
-    forced = dataclasses.replace(result, segment_rows=[*result.segment_rows[:2], row, *result.segment_rows[3:]])
+    content = make()
+    row = dataclasses.replace(content.rows[2], layer="F10", forced=True)
+    forced = dataclasses.replace(content, rows=[*content.rows[:2], row, *content.rows[3:]])
     assert report.layers_at(forced, 10.0) == ("W+", "W+", "F10", "W+")
-    assert report.layers_at(result, 10.0) == ("W+",) * 4
+    assert report.layers_at(content, 10.0) == ("W+",) * 4
     html = report.render_html(forced)
     assert html.count("chosen by hand</span>") == 1
     assert html.count("data-forced") == 1
-    assert "data-forced" not in report.render_html(result)
+    assert "data-forced" not in report.render_html(content)
 
 
 def test_names_are_escaped():
-    result = make()
-    rows = [dataclasses.replace(row, name=NASTY) for row in result.segment_rows]
-    edits = {NASTY: {NASTY: result.edits["blue car"][1.0]}}
-    reconstructions = {**result.reconstructions, NASTY: result.image}
+    content = make()
+    rows = [dataclasses.replace(row, name=NASTY) for row in content.rows]
+    edits = {NASTY: {NASTY: content.edits["blue car"][1.0]}}
+    reconstructions = {**content.reconstructions, NASTY: content.image}
     nasty = dataclasses.replace(
-        result,
+        content,
         name=NASTY,
-        segment_rows=rows,
+        rows=rows,
         edits=edits,
         reconstructions=reconstructions,
         losses={NASTY: [1.0, 0.5]},
@@ -482,14 +499,194 @@ def test_names_are_escaped():
 def test_large_results_stay_small():
     """Noise, the worst case of all, in 36 edits at 256 px."""
     rng = np.random.default_rng(0)
-    result = make((256, 256))
+    content = make((256, 256))
     noise = rng.uniform(-1, 1, (36, 256, 256, 3)).astype(np.float32)
     edits = {
         f"d{i}": {s: dict(zip(("W+", "F10", "SAM"), noise[12 * i + 3 * s :], strict=False)) for s in range(4)}
         for i in range(3)
     }
-    html = report.render_html(dataclasses.replace(result, edits=edits))
+    html = report.render_html(dataclasses.replace(content, edits=edits))
     assert len(html) < 5_000_000
-    pictures = [decoded(image["href"]) for image in Page(html).all("image")]
-    assert len(pictures) > 36
-    assert all(picture.shape[0] >= 192 for picture in pictures)
+    stored = [decoded(image["href"]) for image in Page(html).all("image")]
+    assert len(stored) > 36
+    assert all(image.shape[0] >= 192 for image in stored)
+
+
+# --- from inversions ---
+
+SIZE, HEIGHT, WIDTH = 512, 192, 256
+
+
+def inverted(threshold: float = 0.225, forced: dict[int, str] | None = None, *, predicted: bool = False) -> Inversion:
+    """A made-up inversion: a generator of 512 px and a target of 192 x 256 px with segments 3, 5 and 9."""
+    rng = np.random.default_rng(0)
+    target = rng.uniform(-1, 1, (HEIGHT, WIDTH, 3)).astype(np.float32)
+    segments = np.repeat(np.array([3, 5, 9]), [64, 64, 128])[None].repeat(HEIGHT, 0)
+    maps = np.stack([np.where(segments == 3, 0.1, 0.5), np.where(segments == 9, 0.4, 0.2), 0.1 + 0 * segments])
+    layers = ("W+", "F4", "F6")
+    assignment = layer_selection.assign_layers(maps, segments, threshold)
+    indices = {label: layers.index(name) for label, name in (forced or {}).items()}
+    steps = np.linspace(3, 1, 4, dtype=np.float32)
+    inversion = Inversion(
+        analysis=Analysis(
+            name="scene 3",
+            source=rng.integers(0, 256, (300, 500, 3), np.uint8),
+            target=target,
+            segments=segments,
+            segment_names={3: "road"},
+            segments_from="given",
+            ws=np.zeros((10, 8), np.float32),
+            layers=layers,
+            maps=maps.astype(np.float32),
+            singles={} if predicted else {"loss": np.zeros((4, 3))},
+        ),
+        category=Category("cars", SIZE, target_size=(HEIGHT, WIDTH)),
+        config=InversionConfig(num_opt_steps=4),
+        measure_steps=3,
+        generator="tiny",
+        threshold=threshold,
+        forced=forced or {},
+        assignment=layer_selection.force_layers(assignment, segments, indices),
+        latents={},
+        masks={},
+        image=rng.uniform(-1.2, 1.2, (SIZE, SIZE, 3)).astype(np.float32),
+        terms=Terms(steps, steps, steps, steps, steps, total=5 * steps),
+        metrics={"MSE": 0.5, "PSNR": 9.0, "SSIM": 0.25, "LPIPS": 0.125},
+        seconds=1.5,
+    )
+    if predicted:
+        return inversion
+    baselines = {
+        name: dataclasses.replace(inversion, image=inversion.image * s) for name, s in (("W+", 0.5), ("F6", 0.9))
+    }
+    return dataclasses.replace(inversion, baselines=baselines)
+
+
+def edited(inversion: Inversion) -> dict[str, dict[float, dict[str, np.ndarray]]]:
+    methods = {**inversion.baselines, "SAM": inversion}
+    return {"up": {s: {name: item.image + 0.1 * s for name, item in methods.items()} for s in (0.0, 2.0)}}
+
+
+def test_describe():
+    inversion = inverted(forced={5: "F6"})
+    edits = edited(inversion)
+    content = report.describe(inversion, edits=edits)
+    assert content.rows == [
+        report.Segment(3, "road", 0.25, tuple(np.float32([0.1, 0.2, 0.1]).tolist()), "W+"),
+        report.Segment(5, None, 0.25, tuple(np.float32([0.5, 0.2, 0.1]).tolist()), "F6", forced=True),
+        report.Segment(9, None, 0.5, tuple(np.float32([0.5, 0.4, 0.1]).tolist()), "F6"),
+    ]
+    assert list(content.reconstructions) == list(content.metrics) == ["W+", "F6", "SAM"]
+    for made, image in (
+        (content.reconstructions["SAM"], inversion.image),
+        (content.reconstructions["W+"], inversion.baselines["W+"].image),
+        (content.edits["up"][2.0]["F6"], edits["up"][2.0]["F6"]),
+    ):
+        expected = losses.comparable(image[None], WIDTH, HEIGHT, WIDTH)[0]
+        np.testing.assert_array_equal(made, expected)
+    assert content.losses == {name: [15.0, *np.float32([35 / 3, 25 / 3]).tolist(), 5.0] for name in ("W+", "F6", "SAM")}
+    assert content.settings | {"device": ""} == {
+        "generator": "tiny", "steps": 4, "error maps": "measured in 3 steps", "W+ starts at": "mean", "segments": "given",
+        "LPIPS of the loss": "vgg", "device": "",
+    }  # fmt: skip
+    assert content.thresholds == inversion.category.sweep()
+    assert content.sweep == {}
+    predicted = report.describe(inverted(predicted=True))
+    assert list(predicted.reconstructions) == ["SAM"]
+    assert predicted.settings["error maps"] == "predicted"
+
+
+def test_describe_a_sweep():
+    inversion, other = inverted(), inverted(0.4)
+    assert report.describe(inversion, sweep=[inversion]).sweep == {}
+    sweep = report.describe(inversion, sweep=[inversion, other]).sweep
+    assert list(sweep) == [0.225, 0.4]
+    assert sweep[0.4][1] == 0.125
+
+
+def test_preview_shows_what_is_known_before_the_inversion():
+    inversion = inverted(forced={5: "F6"})
+    content = report.preview(inversion.analysis, inversion.assignment, 0.225, forced=inversion.forced)
+    assert content.rows == report.describe(inversion).rows
+    assert content.reconstructions == {}
+    for figure in (report.segments_figure, report.layers_figure, report.invertibility_figure):
+        np.testing.assert_array_equal(figure(content), figure(report.describe(inversion)))
+
+
+def test_save_writes_one_file(tmp_path: Path):
+    inversion = inverted()
+    report.save(inversion, tmp_path / "a" / "report.html", edits=edited(inversion), sweep=[inversion, inverted(0.4)])
+    page = Page((tmp_path / "a" / "report.html").read_text("utf-8"))
+    assert_only_our_script_runs(page)
+    for said in ("scene 3", "road", "strength 2", "threshold 0.225", "LPIPS 0.125", "generator tiny"):
+        assert said in page.text, said
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "report.html"]
+
+
+def names(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_images_are_saved_at_the_generators_own_size(tmp_path: Path):
+    inversion = inverted()
+    edits = edited(inversion)
+    report.save_inversion(tmp_path, inversion, edits)
+    assert names(tmp_path) == {
+        "layers_T0.225.png", "reconstruction_T0.225.png", "edits/up/T0.225.png", "edits/up/T0.225_mul0.png",
+        "edits/up/T0.225_mul2.png",
+    }  # fmt: skip
+    # 512 px without the letterbox of a 3:4 image, not the target's 192 x 256.
+    for name, image in (
+        ("reconstruction_T0.225", inversion.image),
+        ("edits/up/T0.225_mul0", inversion.image),
+        ("edits/up/T0.225_mul2", edits["up"][2.0]["SAM"]),
+    ):
+        np.testing.assert_array_equal(images.read_image(tmp_path / f"{name}.png"), images.to_uint8(image[64:448]))
+    # The strip has the size of the figure, which is not affected.
+    strip = report.edit_strip(report.describe(inversion, edits=edits), "up")
+    np.testing.assert_array_equal(images.read_image(tmp_path / "edits/up/T0.225.png"), strip)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "letterbox", "crop"])
+def test_images_are_pasted_back_from_the_generators_own_size(tmp_path: Path, fit: images.Fit):
+    inversion = inverted()
+    edits = edited(inversion)
+    report.save_inversion(tmp_path, inversion, edits, paste_back=True, fit=fit)
+    pasted = {name for name in names(tmp_path) if name.startswith("pasted")}
+    assert pasted == {"pasted/reconstruction_T0.225.png", "pasted/up/T0.225_mul0.png", "pasted/up/T0.225_mul2.png"}
+    for name, image in (("reconstruction_T0.225", inversion.image), ("up/T0.225_mul2", edits["up"][2.0]["SAM"])):
+        expected = images.paste_back(inversion.analysis.source, images.to_uint8(image[64:448]), fit)
+        np.testing.assert_array_equal(images.read_image(tmp_path / "pasted" / f"{name}.png"), expected)
+        assert expected.shape == (300, 500, 3)
+
+
+def test_the_summary_of_a_directory(tmp_path: Path):
+    inversions = [inverted(), inverted(0.4)]
+    content = report.save_summary(
+        tmp_path, inversions, inversions[1], edited(inversions[1]), seed=7, seconds={"sam": 1.25}
+    )
+    assert content.threshold == 0.4
+    assert list(content.sweep) == [0.225, 0.4]
+    assert names(tmp_path) == {"segments.png", "invertibility.png", "comparison.png", "metrics.json", "report.html"}
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(summary) == [
+        "image", "thresholds", "layers", "steps", "seconds", "settings", "seed", "device", "versions", "command",
+    ]  # fmt: skip
+    assert summary["image"] == "scene 3"
+    assert list(summary["thresholds"]) == ["0.225", "0.400"]
+    first = summary["thresholds"]["0.225"]
+    assert set(first["metrics"]) == {"W+", "F6", "SAM"}
+    assert [(row["label"], row["layer"]) for row in first["segments"]] == [(3, "W+"), (5, "F4"), (9, "F6")]
+    assert [row["layer"] for row in summary["thresholds"]["0.400"]["segments"]] == ["W+", "F4", "F4"]
+    assert summary["steps"] == {"sam": 4, "single_layers": 3}
+    assert summary["settings"]["num_opt_steps"] == 4
+    assert summary["seconds"] == {"sam": 1.25}
+    newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == "report.html"
+
+
+def test_table():
+    lines = report.table(report.describe(inverted())).splitlines()
+    assert lines[0].split() == ["LPIPS", "PSNR", "SSIM"]
+    assert [line.split() for line in lines[1:4]] == [[name, "0.125", "9.00", "0.250"] for name in ("W+", "F6", "SAM")]
+    assert lines[4] == "layers at threshold 0.225: road W+, segment 5 F4, segment 9 F6"

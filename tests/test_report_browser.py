@@ -1,4 +1,4 @@
-"""The report in a browser, from a file and offline: seen, pointed at, operated by keys, and with scripts off."""
+"""The report in a browser, offline: by mouse, touch and keyboard, in print, and with scripts off."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import pytest
 from PIL import Image
 from test_report import NASTY, make
 
-from samjax.io import report
+from samjax import report
 
 pytestmark = pytest.mark.browser
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
-def results() -> dict[str, report.Result]:
+def results() -> dict[str, report.Content]:
     plain = make((64, 80), segments=5)
     sweep = {0.05: (-plain.image, 0.5), 0.225: (plain.reconstructions["SAM"], 0.281), 0.4: (plain.image * 0.5, 0.25)}
-    rows = [dataclasses.replace(row, name=NASTY * 3) for row in plain.segment_rows]
+    rows = [dataclasses.replace(row, name=NASTY * 3) for row in plain.rows]
     edited = plain.edits["blue car"]
     edits = {NASTY: {-1: edited[1.0], NASTY: edited[2.5]}, "one": {1: {"SAM": plain.image}}}
     return {
         "plain": dataclasses.replace(plain, edits={"blue car": edited}, sweep=sweep),
         "long": make((64, 80), segments=5, long=True),
         "bare": dataclasses.replace(plain, edits={}, metrics={}, losses=None, settings={}, thresholds=(0.225,)),
-        "nasty": dataclasses.replace(plain, name=NASTY, segment_rows=rows, edits=edits, losses={NASTY: [1.0, 0.5]}),
+        "nasty": dataclasses.replace(plain, name=NASTY, rows=rows, edits=edits, losses={NASTY: [1.0, 0.5]}),
     }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the reports of all `results`."""
+    """A directory with the reports of all `results`."""
     folder = tmp_path_factory.mktemp("reports")
     for name, result in results().items():
         (folder / f"{name}.html").write_text(report.render_html(result), encoding="utf-8")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def visit(chromium: Any, folder: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a report; in the end, no page has asked for anything but itself, complained, or opened a dialog."""
+    """Opens a report; at the end, checks that no page made requests, logged messages or opened dialogs."""
     contexts, wrong = [], []
 
     def asked(request: Any, address: str) -> None:
@@ -71,7 +71,7 @@ def visit(chromium: Any, folder: Path) -> Iterator[Callable[..., Any]]:
 
 
 def seen(element: Any) -> np.ndarray:
-    """What an element looks like, without its edge, which lies between pixels; [H, W, 3], 0 to 255."""
+    """A screenshot of an element without its border pixels, which are blended; [H, W, 3], 0 to 255."""
     element.page.mouse.move(0, 0)
     return np.asarray(Image.open(io.BytesIO(element.screenshot())).convert("RGB"), np.float32)[4:-4, 4:-4]
 
@@ -115,7 +115,7 @@ def test_before_and_after_by_keys(visit: Any):
     assert np.abs(both[top, left] - before[top, left]).max() <= 1
     assert np.abs(both[top, right] - after[top, right]).max() <= 1
 
-    # The other methods, by the keys of a group of radio buttons.
+    # The other methods, by the arrow keys of the radio buttons.
     widget.get_by_role("radio", name="SAM").focus()
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowUp")
@@ -149,41 +149,41 @@ def test_before_and_after_by_mouse_and_touch(visit: Any):
 
 
 def said(page: Any) -> str:
-    """What the panel tells of a segment."""
+    """The text of the panel about the current segment."""
     return " ".join(page.locator("#segment").inner_text().split())
 
 
-def test_a_segment_tells_what_decided(visit: Any):
+def test_a_segment_shows_how_its_layer_was_chosen(visit: Any):
     page = visit()
     regions = page.locator("#map [role=option]")
     assert regions.count() == 5
-    shown = results()["plain"].segment_rows
+    shown = results()["plain"].rows
     rows = page.locator("#segments tbody tr")
 
     regions.nth(3).hover()
     text = said(page)
-    assert text.startswith("région 3 20% of the picture, from F8")
+    assert text.startswith("région 3 20% of the image, inverted in F8")
     for name, mean in zip(("W+", "F4", "F6", "F8", "F10"), shown[3].means, strict=True):
         assert f"{name} {mean:.3f}" in text
-    assert "F8 is the first that is at most the threshold of 0.225." in text
+    assert "F8 is the first layer with an error of at most 0.225, the threshold." in text
     assert "current" in rows.nth(3).get_attribute("class")
     assert page.locator("#map .halo.thin").get_attribute("href") == "#region-3"
 
-    # The way round: a row of the table marks its region.
+    # Conversely, a row of the table marks its segment.
     rows.nth(1).hover()
     assert said(page).startswith("segment 3 ")
     assert page.locator("#map .halo.thin").get_attribute("href") == "#region-1"
 
-    # By keys: one stop of Tab for the map, arrows within.
+    # By keyboard: one Tab stop for the map, arrow keys within it.
     page.get_by_role("radio", name="SAM").focus()
-    page.keyboard.press("Tab")  # the table of metrics fits, and is no stop
+    page.keyboard.press("Tab")  # the table of metrics does not scroll, so it is not a stop
     assert regions.nth(1).evaluate("region => region === document.activeElement")
     assert said(page).startswith("segment 3 ")
     page.keyboard.press("ArrowRight")
     assert regions.nth(2).evaluate("region => region === document.activeElement")
     assert regions.nth(2).get_attribute("aria-selected") == "true"
     assert regions.nth(2).get_attribute("aria-label") == "région 2"
-    assert "from F6" in said(page)
+    assert "inverted in F6" in said(page)
     page.keyboard.press("End")
     page.keyboard.press("ArrowRight")
     assert said(page).startswith("région 4 ")
@@ -210,20 +210,20 @@ def test_thresholds_by_keys(visit: Any):
     assert page.locator("#shares-text").inner_text() == "100% in W+"
     assert rows.locator(".chip").all_inner_texts() == ["W+"] * 5
     assert rows.nth(4).locator("td.chosen").inner_text() == f"{0.3:.3f}"
-    assert "from W+" in said(page)
+    assert "inverted in W+" in said(page)
     assert "0.4" in page.locator("section[aria-labelledby=layers] strong.threshold-text").inner_text()
-    assert page.locator("dl.layers .served").first.inner_text() == "100% of the picture, 5 segments"
+    assert page.locator("dl.layers .served").first.inner_text() == "100% of the image, 5 segments"
     assert tiles.nth(2).get_attribute("aria-current") == "true"
     assert page.locator("#layers-at").get_by_role("img", name="Reconstruction at threshold 0.4").is_visible()
     assert page.locator("#layers-at .lpips").inner_text() == "0.250"
     moved = seen(layer_map)
     assert np.abs(moved - own).mean() > 10
 
-    # Below all means no layer is low enough.
+    # Below all means, no layer meets the threshold.
     page.keyboard.press("Home")
     assert rows.locator(".chip").all_inner_texts() == ["F10"] * 5
     assert rows.nth(0).locator(".last").is_visible()
-    assert "No layer is at most the threshold of 0.05" in said(page)
+    assert "No layer has an error of at most 0.05, the threshold" in said(page)
     page.locator("#back").click()
     assert page.locator("#back").is_disabled()
     assert slider.evaluate("slider => slider === document.activeElement")
@@ -251,7 +251,7 @@ def test_strengths_of_an_edit_by_keys(visit: Any):
     page.keyboard.press("Home")
     plain = seen(stage)
 
-    # Against the unedited.
+    # Compared with the unedited image.
     page.keyboard.press("End")
     block.locator(".divide").focus()
     page.keyboard.press("End")
@@ -263,7 +263,7 @@ def test_strengths_of_an_edit_by_keys(visit: Any):
     assert np.abs(both[:, middle + 5 :] - strong[:, middle + 5 :]).max() <= 1
 
     page.locator("#side-by-side").check()
-    assert all(picture.is_visible() for picture in block.locator(".after").all())
+    assert all(image.is_visible() for image in block.locator(".after").all())
     assert not block.locator(".divide").is_visible()
 
 
@@ -281,7 +281,7 @@ def test_losses_at_a_step(visit: Any):
 
 
 def contrast(page: Any, selector: str) -> float:
-    """Of an element's text against what lies behind it, as WCAG defines it."""
+    """Contrast of an element's text with its background, as WCAG defines it."""
     colours = page.locator(selector).first.evaluate(
         """element => {
           const behind = (e) => { const c = getComputedStyle(e).backgroundColor;
@@ -298,7 +298,7 @@ def contrast(page: Any, selector: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out(visit: Any, scheme: str):
+def test_text_has_enough_contrast(visit: Any, scheme: str):
     page = visit(color_scheme=scheme)
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
@@ -309,7 +309,7 @@ def test_texts_stand_out(visit: Any, scheme: str):
         assert contrast(page, selector) >= 4.5, selector
 
 
-def test_what_has_the_focus_is_seen(visit: Any):
+def test_the_focus_is_visible(visit: Any):
     page = visit()
     stops = set()
     for _ in range(60):
@@ -331,11 +331,11 @@ def test_without_scripts_everything_is_there(visit: Any):
     page = visit(java_script_enabled=False)
     assert page.locator("input:visible, button:visible, #segment:visible, .split:visible, .tag:visible").count() == 0
     for name in (
-        "The input picture, scene 3", "Reconstruction by W+", "Reconstruction by F10", "Reconstruction by SAM",
-        "The segments of the picture in colours", "Layers at threshold 0.05: 100% in F10",
-        "Layers at threshold 0.4: 100% in W+", "Reconstruction at threshold 0.05", "Map of the error to expect in F6",
+        "The input image, scene 3", "Reconstruction by W+", "Reconstruction by F10", "Reconstruction by SAM",
+        "The segments of the image in different colours", "Layers at threshold 0.05: 100% in F10",
+        "Layers at threshold 0.4: 100% in W+", "Reconstruction at threshold 0.05", "Error map of F6",
     ):  # fmt: skip
-        assert any(picture.is_visible() for picture in page.get_by_role("img", name=name).all()), name
+        assert any(image.is_visible() for image in page.get_by_role("img", name=name).all()), name
     for strength in ("0", "1", "2.5"):
         for method in ("W+", "F10", "SAM"):
             assert page.get_by_role("img", name=f"blue car at strength {strength} by {method}").is_visible()
@@ -357,7 +357,7 @@ def test_on_paper_everything_is_there(visit: Any):
         assert page.get_by_role("img", name=f"blue car at strength {strength} by SAM").is_visible()
 
 
-def test_names_are_texts_and_nothing_else(visit: Any):
+def test_names_are_shown_as_text(visit: Any):
     page = visit("nasty")
     assert operated(page)
     assert page.locator("h1").inner_text().startswith(NASTY)
@@ -367,8 +367,8 @@ def test_names_are_texts_and_nothing_else(visit: Any):
     strength = page.locator(".strength").first
     strength.fill("1")
     assert page.locator(".edit-block output").first.inner_text() == NASTY
-    assert page.locator(".edit-block .strength").count() == 1  # one strength needs no slider
-    # The page's policy lets no other script run, whoever writes it into the page.
+    assert page.locator(".edit-block .strength").count() == 1  # a single strength has no slider
+    # The page's policy blocks any other script.
     ran = page.evaluate(
         """() => { const script = document.createElement("script"); script.textContent = "window.ran = true";
           document.body.append(script); return Boolean(window.ran); }"""

@@ -1,8 +1,9 @@
-"""The generator against the reference's numbers, and what inversion and editing need of it."""
+"""The generator against the reference's numbers, and the properties that inversion and editing need."""
 
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 @functools.cache
 def tiny_params(config: StyleGAN2Config = TINY):
-    """Random parameters near those of training's start, with nothing left at zero."""
+    """Random parameters like those at the start of training, but none is zero."""
     shapes = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
     fill = lambda path, x: jnp.asarray(SCALES.get(path[-1].key, 1.0) * normal(x.size, *x.shape))  # noqa: E731
     with jax.ensure_compile_time_eval():  # arrays, not tracers, also where the first call is inside a jitted function
@@ -81,7 +82,7 @@ def test_images_and_features_match_reference(golden):
     const, none = (run(params, case["ws_in"], noise=noise) for noise in ("const", "none"))
     assert error(const.image, nhwc(case["img_const"])) < TOLERANCE
     assert error(none.image, nhwc(case["img_none"])) < TOLERANCE
-    for resolution in (4, 8, 16, 32):  # the case holds those of the pass without noise
+    for resolution in (4, 8, 16, 32):  # stored for the pass without noise
         assert error(none.features[resolution], nhwc(case[f"feat_{resolution}"])) < TOLERANCE
 
 
@@ -100,15 +101,14 @@ def test_init_has_the_tree_of_a_converted_generator(golden):
     for name in ("stylegan2_A", "stylegan2_labels_A"):
         config, params = golden_generator(golden(name))
         expected = jax.eval_shape(lambda config=config: stylegan2.init(config, key=jax.random.key(0)))
-        shapes = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
-        assert shapes(params) == shapes(expected)
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
 
 
 # --- operations, against PyTorch ---
 
 
 def torch_upfirdn(x: torch.Tensor) -> torch.Tensor:
-    """The filter [1, 3, 3, 1] in both directions, with the gain that doubling the size needs."""
+    """The filter [1, 3, 3, 1] in both directions, with the gain for upsampling."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
     kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=1, groups=x.shape[1])
@@ -119,8 +119,8 @@ def both_forms(x, weight, cotangent):
     """Results and gradients of both forms of the up-convolution."""
     results = []
     for form in (stylegan2.up_conv, stylegan2.up_conv_folded):
-        y, pull_back = jax.vjp(form, x, weight)
-        results.append((y, *pull_back(cotangent)))
+        y, vjp = jax.vjp(form, x, weight)
+        results.append((y, *vjp(cotangent)))
     return results
 
 
@@ -150,7 +150,7 @@ def test_upsample():
 @settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(*(st.integers(1, n) for n in (9, 9, 3)), st.booleans(), st.integers(0, 99))
 def test_modulated_convolution_is_that_of_modulated_weights(channels, features, batch, up, seed):
-    """The paper's definition: each image has its own kernel, scaled and normalised before the convolution."""
+    """The definition of the paper: each image has its own kernel, scaled and normalized before the convolution."""
     x, styles = normal(seed, batch, 4, 6, channels), 1 + normal(seed + 1, batch, channels)
     weight = normal(seed + 2, 3, 3, channels, features)
     convolve = stylegan2.up_conv if up else convolution.conv3x3
@@ -165,15 +165,37 @@ def test_modulated_convolution_is_that_of_modulated_weights(channels, features, 
         assert np.abs(ours[i : i + 1] - nhwc(y)).max() < 1e-5 * np.abs(nhwc(y)).max()
 
 
-# --- for many calls ---
+class TestModulatedConvolution(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_forms_agree(self):
+        """With jit and without; prepacked or not."""
+        x, weight, styles = normal(0, 2, 8, 5, 3), jnp.asarray(normal(1, 3, 3, 3, 4)), 1 + normal(2, 2, 3)
+        kinds = ((convolution.conv3x3, convolution.prepack), (stylegan2.up_conv, convolution.prepack_up))
+        for convolve, prepack in kinds:
+            expected = stylegan2.modulated_conv(x, weight, styles, convolve)
+            run = self.variant(functools.partial(stylegan2.modulated_conv, convolve=convolve))
+            energy = stylegan2.kernel_energy(weight)
+            packed = (stylegan2.PrepackedConv(prepack(weight, 8, 5, minimal=m), energy) for m in (None, False, True))
+            for kernel in (weight, *packed):
+                chex.assert_trees_all_close(run(x, kernel, styles), expected, rtol=0, atol=1e-5 * np.ptp(expected))
+
+
+def test_modulated_convolution_names_a_wrong_rank():
+    x, weight, styles = normal(0, 2, 8, 5, 3), normal(1, 3, 3, 3, 4), normal(2, 2, 3)
+    for bad in ((x[0], weight, styles), (x, weight, styles[0])):
+        with pytest.raises(AssertionError, match="rank"):
+            stylegan2.modulated_conv(*bad)
+
+
+# --- prepacked, and in half precision ---
 
 
 FIVE = dataclasses.replace(TINY, img_resolution=64)  # blocks of 4 to 64 px, of which the first stays in float32
 
 
 @functools.partial(jax.jit, static_argnames="half_precision")
-def look_and_pull(params, ws, half_precision=False):
-    """The image, the features, and a gradient to the styles."""
+def render_and_differentiate(params, ws, half_precision=False):
+    """The image, the features, and a gradient with respect to the styles."""
 
     def loss(ws):
         image, features = synthesize(FIVE, params, ws, half_precision=half_precision)
@@ -184,27 +206,42 @@ def look_and_pull(params, ws, half_precision=False):
 
 
 @pytest.mark.parametrize("half_precision", [False, True])
-def test_frozen_parameters_make_the_same(half_precision):
+def test_prepacking_changes_nothing(half_precision):
     ws, params = normal(0, 2, FIVE.num_ws, FIVE.w_dim), tiny_params(FIVE)
-    frozen = stylegan2.freeze(FIVE, params, half_precision=half_precision)
-    theirs = jax.tree.leaves(look_and_pull(params, ws, half_precision))
-    ours = jax.tree.leaves(look_and_pull(frozen, ws, half_precision))
+    prepacked = stylegan2.prepack(FIVE, params, half_precision=half_precision)
+    theirs = jax.tree.leaves(render_and_differentiate(params, ws, half_precision))
+    ours = jax.tree.leaves(render_and_differentiate(prepacked, ws, half_precision))
     for mine, its in zip(ours, theirs, strict=True):
-        # The same products: float32 sums in another order, which bfloat16 now and then rounds the other way.
+        # The same products, summed in another order; bfloat16 sometimes rounds the sums differently.
         assert np.abs(mine - its).max() < (2e-2 if half_precision else 1e-5) * np.ptp(its)
 
 
-def test_half_precision_is_near():
+def test_without_minimal_filtering_all_convolutions_are_plain():
+    """One for each conv1, four for each conv0, forward and backward; by default there are more on a CPU."""
+    config = StyleGAN2Config(64, channel_base=128 * 64, channel_max=128)
+    params = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
+    ws = jax.ShapeDtypeStruct((1, config.num_ws, config.w_dim), jnp.float32)
+    step = jax.jit(jax.value_and_grad(lambda ws, params: jnp.square(synthesize(config, params, ws).image).sum()))
+
+    def convolutions(minimal: bool | None) -> int:
+        prepacked = jax.eval_shape(lambda p: stylegan2.prepack(config, p, minimal=minimal), params)
+        return step.lower(ws, prepacked).as_text().count("stablehlo.convolution")
+
+    assert convolutions(False) == 2 * (5 + 4 * 4)
+    assert convolutions(None) > 2 * (5 + 4 * 4)
+
+
+def test_half_precision_is_close():
     ws, params = normal(0, 2, FIVE.num_ws, FIVE.w_dim), tiny_params(FIVE)
-    image, features, gradient = look_and_pull(params, ws)
-    half_image, half_features, half_gradient = look_and_pull(params, ws, half_precision=True)
+    image, features, gradient = render_and_differentiate(params, ws)
+    half_image, half_features, half_gradient = render_and_differentiate(params, ws, half_precision=True)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((half_image, half_features, half_gradient)))
-    off = lambda half, full: float(np.sqrt(np.mean(np.square(half - full))) / np.std(full))  # noqa: E731
-    assert off(half_features[4], features[4]) < 1e-6
-    # bfloat16 has eight bits: 2^-9 a rounding, some ten of them on the way, and again on the way back.
-    assert all(1e-4 < off(half_features[r], features[r]) < 2e-2 for r in (8, 16, 32, 64))
-    assert 1e-4 < off(half_image, image) < 2e-2
-    assert 1e-4 < off(half_gradient, gradient) < 5e-2
+    difference = lambda half, full: float(np.sqrt(np.mean(np.square(half - full))) / np.std(full))  # noqa: E731
+    assert difference(half_features[4], features[4]) < 1e-6
+    # bfloat16 has eight bits: each rounding is 2^-9, about ten of them forward and again backward.
+    assert all(1e-4 < difference(half_features[r], features[r]) < 2e-2 for r in (8, 16, 32, 64))
+    assert 1e-4 < difference(half_image, image) < 2e-2
+    assert 1e-4 < difference(half_gradient, gradient) < 5e-2
 
 
 # --- sizes ---
@@ -217,12 +254,11 @@ def test_sizes(resolution):
     ws = jax.eval_shape(functools.partial(map_z, config), params, jax.ShapeDtypeStruct((2, 512), jnp.float32))
     image, features = jax.eval_shape(functools.partial(synthesize, config), params, ws)
     blocks = int(np.log2(resolution)) - 1
-    assert ws.shape == (2, 2 * blocks, 512)
-    assert image.shape == (2, resolution, resolution, 3)
+    chex.assert_shape([ws, image], [(2, 2 * blocks, 512), (2, resolution, resolution, 3)])
     assert {r: x.shape for r, x in features.items()} == {
         r: (2, r, r, min(512, 32768 // r)) for r in (2 ** (i + 2) for i in range(blocks))
     }
-    if resolution == 1024:  # the count of the published FFHQ network's G, noise buffers and average style aside
+    if resolution == 1024:  # the published FFHQ generator has as many, without noise buffers and average style
         kinds = jax.tree_util.tree_flatten_with_path(params)[0]
         count = sum(x.size for path, x in kinds if path[-1].key not in ("noise_const", "w_avg"))
         assert count == 30_370_060
@@ -239,7 +275,7 @@ def test_only_the_first_blocks():
     full = tiny_synthesize(tiny_params(), ws)
     run = functools.partial(stylegan2.Generator(TINY).apply, max_resolution=8, method="synthesize")
     part = jax.jit(run)({"params": tiny_params()}, ws)
-    assert part.image.shape == (2, 8, 8, 3)
+    chex.assert_shape(part.image, (2, 8, 8, 3))
     assert error(part.features[8], full.features[8]) < 1e-6
     assert set(part.features) == {4, 8}
 
@@ -256,6 +292,21 @@ def test_one_and_many_agree():
     assert error(jax.jit(jax.vmap(one))(ws), many) < 1e-5
 
 
+def test_other_values_compile_nothing():
+    """Other styles, offsets, masks and parameters."""
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(params, ws, offsets, masks):
+        return synthesize(TINY, params, ws, offsets=offsets, masks=masks).image
+
+    first = run(tiny_params(), normal(0, 1, TINY.num_ws, TINY.w_dim), random_offset(8), mask(8, 1.0))
+    scaled = jax.tree.map(lambda x: 2 * x, tiny_params())
+    second = run(scaled, normal(1, 1, TINY.num_ws, TINY.w_dim), random_offset(8, 6), mask(8, 0.5))
+    assert error(first, second) > 0.01
+
+
 def test_styles_of_one_and_many_agree():
     z = normal(0, 3, TINY.z_dim)
     many = map_z(TINY, tiny_params(), z)
@@ -266,7 +317,7 @@ def test_gradient_reaches_every_style():
     ws = normal(0, 2, TINY.num_ws, TINY.w_dim)
     loss = jax.jit(lambda ws: jnp.sum(jnp.square(tiny_synthesize(tiny_params(), ws).image)))
     gradient = np.asarray(jax.jit(jax.grad(loss))(ws))
-    assert np.isfinite(gradient).all()
+    chex.assert_tree_all_finite(gradient)
     assert (np.abs(gradient).max(-1) > 0).all()
     # Against a difference quotient, in the direction of the gradient.
     step = 1e-3 * gradient / np.linalg.norm(gradient)
@@ -316,7 +367,7 @@ def test_wrong_noise(options, message):
 
 
 def test_noise_has_unit_variance():
-    """With all else off, the last layer's noise is what its block puts out: leaky ReLU of strength times noise."""
+    """With everything else zero, the last block's output is the leaky ReLU of noise times its strength."""
     params = jax.tree.map(jnp.zeros_like, tiny_params())
     layer = {**params["synthesis"]["b16"]["conv1"], "noise_strength": jnp.float32(2.0)}
     params["synthesis"]["b16"] = {**params["synthesis"]["b16"], "conv1": layer}
@@ -347,7 +398,7 @@ def test_zero_mask_changes_nothing_and_stops_every_gradient():
     plain = tiny_synthesize(tiny_params(), WS)
     for options in ({"offsets": offsets}, {"features": offsets}):
         masked = tiny_synthesize(tiny_params(), WS, masks=off, **options)
-        assert error(masked.image, plain.image) < 1e-6, "another program may round differently, no more"
+        assert error(masked.image, plain.image) < 1e-6, "another program may only round differently"
 
     def loss(offsets, masks):
         return jnp.sum(jnp.square(tiny_synthesize(tiny_params(), WS, offsets=offsets, masks=masks).image))
@@ -364,7 +415,7 @@ def test_offset_acts_on_later_blocks_only():
     assert error(shifted.features[8], plain.features[8] + random_offset(8)[8]) < 1e-6
     assert error(shifted.features[16], plain.features[16]) > 0.01
     assert error(shifted.image, plain.image) > 0.01
-    # Not on the RGB of its own block: in the last block it changes no pixel.
+    # The RGB of its own block is not affected: in the last block an offset changes no pixel.
     assert error(tiny_image(WS, offsets=random_offset(16)), plain.image) < 1e-6
 
 
@@ -374,7 +425,7 @@ def test_offset_is_scaled_by_its_mask():
 
 
 def test_features_hide_earlier_styles():
-    """Where an edit replaces a block's output everywhere, styles before it change only the RGB before it."""
+    """Where features replace the output of a block everywhere, earlier styles only change the RGB before it."""
     feature = {8: normal(6, 1, 8, 8, TINY.channels(8))}
     other = np.concatenate(
         [normal(7, 1, 4, TINY.w_dim), WS[:, 4:]], 1
@@ -383,12 +434,12 @@ def test_features_hide_earlier_styles():
     np.testing.assert_array_equal(results[0].features[8], feature[8])
     assert error(results[0].features[4], results[1].features[4]) > 0.01
     assert error(*(tiny_synthesize(tiny_params(), ws).features[16] for ws in (WS, other))) > 0.01
-    # Style 3 is also the 16 px block's first: leave it, and all that follows is the same.
+    # Style 3 is also the first of the 16 px block: with it unchanged, all later outputs are the same.
     kept = tiny_synthesize(tiny_params(), np.where(np.arange(TINY.num_ws)[:, None] == 3, WS, other), features=feature)
     np.testing.assert_array_equal(kept.features[16], results[0].features[16])
 
 
-def test_recorded_features_give_the_image_back():
+def test_recorded_features_reproduce_the_image():
     offsets, soft = random_offset(8), {8: np.random.default_rng(8).random((1, 8, 8, 1), np.float32)}
     recorded = tiny_synthesize(tiny_params(), WS, offsets=offsets, masks=soft)
     replaced = tiny_synthesize(tiny_params(), WS, features={8: recorded.features[8]}, masks=mask(8, 1.0))
@@ -406,6 +457,6 @@ def test_clamp_limits_every_layer():
     result = jax.jit(functools.partial(synthesize, config))(tiny_params(), WS)
     for x in result.features.values():
         assert jnp.abs(x).max() == 0.5
-    colours = tiny_synthesize(tiny_params(), WS).image
-    assert jnp.abs(colours).max() > 1.5  # three blocks' RGB of 0.5 each
+    rgb = tiny_synthesize(tiny_params(), WS).image
+    assert jnp.abs(rgb).max() > 1.5  # three blocks' RGB of 0.5 each
     assert jnp.abs(result.image).max() <= 1.5

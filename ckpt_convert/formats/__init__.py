@@ -1,4 +1,4 @@
-"""One module a file format. Each gives a `Checkpoint`: arrays by the file's own names, and what the file says of them.
+"""Readers of file formats, one module for each. They return arrays by the file's own names, and stated settings.
 
-Arrays are views of the memory-mapped file: what is not asked for is never read.
+Arrays are read on demand from the memory-mapped file.
 """

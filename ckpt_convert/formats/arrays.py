@@ -1,4 +1,4 @@
-"""What all formats share: the memory-mapped file, and arrays in it that are looked at only when asked for."""
+"""Shared by all formats: memory-mapped files, arrays that are read on demand, and stand-ins for pickled objects."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy as np
 from samjax.errors import UserError
 from samjax.io import pickles
 
-_SMALL = 4096  # bytes: shorter strings are copied out of the file, longer ones stay views of it
+_SMALL = 4096  # bytes: shorter strings are copied, longer ones stay views of the file
 _MAX_AXES = 8
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class View:
-    """A stretch of memory that reads like a file; long reads give views rather than copies."""
+    """Memory with the reading methods of a file; long reads return views rather than copies."""
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
@@ -46,14 +46,14 @@ class View:
 
 
 def map_file(path: Path) -> memoryview:
-    """The bytes of the file at `path`, mapped rather than read.
+    """Memory-maps a file.
 
     Raises:
-      UserError: it is missing, a folder, empty, or not to be read.
+      UserError: if it is missing, a directory, empty, or unreadable.
     """
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder: give the checkpoint file itself (.pkl, .pt or .safetensors)")
+            raise UserError(f"{path} is a directory: give the checkpoint file itself (.pkl, .pt or .safetensors)")
         with path.open("rb") as file:
             if not file.seek(0, 2):
                 raise UserError(f"{path} is empty: fetch or copy it again")
@@ -65,7 +65,7 @@ def map_file(path: Path) -> memoryview:
 
 
 def release(data: memoryview) -> None:
-    """Lets the system take back the memory of what was looked at of a mapped file; a second look reads it again."""
+    """Releases the resident pages of a mapped file; they are read again on the next access."""
     if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         data.obj.madvise(mmap.MADV_DONTNEED)
 
@@ -76,35 +76,31 @@ class Stored(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
     def array(self) -> np.ndarray:
-        """The values, as a view of the file where that can be. Raises UserError if the file lacks them."""
+        """Returns the values, as a view of the file where possible. Raises UserError if they cannot be read."""
         ...
 
 
 class Loaded:
-    """An array that is in memory; see `Stored`."""
+    """An array in memory; see `Stored`."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
         self.shape: tuple[int, ...] = values.shape
-        self.dtype: np.dtype[Any] = values.dtype
 
     def array(self) -> np.ndarray:
         return self._values
 
 
 class Checkpoint(NamedTuple):
-    """A generator as a file holds it.
+    """A generator in a file.
 
     Attributes:
-      format: for people.
-      naming: whose names `arrays` have: a key of `ckpt_convert.stylegan2.NAMINGS`.
+      format: description of the file.
+      naming: the program whose names `arrays` have, a key of `ckpt_convert.stylegan2.NAMINGS`.
       arrays: by the file's own names.
       settings: fields of `StyleGAN2Config` that the file states.
-      notes: what a user of the result should know.
+      notes: for users of the converted generator.
     """
 
     format: str
@@ -115,10 +111,10 @@ class Checkpoint(NamedTuple):
 
 
 def sizes(values: Any, what: str) -> tuple[int, ...]:
-    """`values` as a tuple of whole numbers that are not negative, nor of more than any file has.
+    """Checks that `values` are a few non-negative integers of plausible size, and returns them as a tuple.
 
     Raises:
-      UserError: they are not.
+      UserError: if they are not.
     """
     if not (
         isinstance(values, tuple | list)
@@ -132,12 +128,18 @@ def sizes(values: Any, what: str) -> tuple[int, ...]:
 def strided(
     data: memoryview, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> np.ndarray:
-    """The array at `offset` of `data`, with `strides`, all in elements; every element is checked to lie inside.
+    """A view of `data` as an array, whose elements are all checked to be inside.
 
-    Strides of zero, which would let a small file ask for any amount of memory, count as reaching beyond.
+    Args:
+      data: of the storage.
+      dtype: of the elements.
+      offset: of the first element, in elements.
+      shape: of the array.
+      strides: in elements. An array with more elements than `data`, which strides of zero would allow, is an error:
+        a small file could otherwise take any amount of memory.
 
     Raises:
-      UserError: one does not.
+      UserError: if an element is outside of `data`.
     """
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > len(data):
@@ -149,16 +151,16 @@ def strided(
 
 
 def checked(data: memoryview, crc: int, name: str) -> None:
-    """Compares `data` with its checksum.
+    """Verifies the checksum of `data`.
 
     Raises:
-      UserError: they differ.
+      UserError: if it differs.
     """
     if zlib.crc32(data) != crc:
         raise UserError(f"{name} in the file does not match its checksum: damaged; fetch or copy it again")
 
 
-# NumPy's arrays in pickles.
+# Stand-ins for NumPy's arrays in pickles.
 
 _DTYPES = {name: np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")}
 
@@ -175,7 +177,7 @@ class PickledDtype:
             self.order = state[1]
 
     def dtype(self) -> np.dtype[Any]:
-        """The type. Raises UserError for one that holds no numbers."""
+        """The type. Raises UserError if it is not numeric."""
         name = self.name
         name = name.lstrip("<=|") if isinstance(name, str) else name
         if self.order not in ("<", "=", "|") or not isinstance(name, str) or name not in _DTYPES:
@@ -204,19 +206,15 @@ class PickledArray:
     def shape(self) -> tuple[int, ...]:
         return self._parts()[0]
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._parts()[1].dtype()
-
     def array(self) -> np.ndarray:
-        shape, _, fortran, data = self._parts()
+        shape, dtype, fortran, data = self._parts()
         if isinstance(data, str):  # pickled by Python 2
             data = data.encode("latin1")
         if not isinstance(data, bytes | bytearray | memoryview):
             raise UserError("the file holds an array without contents: damaged?")
-        if len(data) != math.prod(shape) * self.dtype.itemsize:
+        if len(data) != math.prod(shape) * dtype.dtype().itemsize:
             raise UserError(f"an array of shape {list(shape)} has {len(data):,} bytes of data: damaged?")
-        flat = np.frombuffer(data, self.dtype)
+        flat = np.frombuffer(data, dtype.dtype())
         return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
@@ -237,7 +235,7 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
 
 
 class Opaque:
-    """Stand-in for an object that conversion has no use for."""
+    """Stand-in for an object that conversion does not use."""
 
     def __new__(cls, *_: Any, **__: Any) -> Opaque:
         return super().__new__(cls)
@@ -270,19 +268,19 @@ def _set(items: Any = ()) -> set[Any]:
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """`_codecs.encode`: how Python 3 writes bytes into the pickles of Python 2."""
+    """Stand-in for `_codecs.encode`, by which Python 3 writes bytes to pickles for Python 2."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise ValueError("bytes are expected as latin-1 text")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """`bytes`: how Python 3 writes empty ones into the pickles of Python 2."""
+    """Stand-in for `bytes`, by which Python 3 writes empty bytes to pickles for Python 2."""
     return b""
 
 
 def python_names() -> dict[tuple[str, str], Any]:
-    """Stand-ins for what the pickles of all formats name, from Python's library and NumPy."""
+    """Stand-ins for names of Python's library and NumPy, which the pickles of all formats use."""
     names: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): _mapping,
         ("collections", "defaultdict"): _default_mapping,

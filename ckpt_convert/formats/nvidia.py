@@ -1,8 +1,8 @@
 """Network pickles of NVIDIA's PyTorch repositories (`stylegan2-ada-pytorch`, `stylegan3`).
 
-A pickle is a dictionary of networks (`G`, `D`, `G_ema` and what trained them), or one bare generator. Networks are
-"persistent objects": they carry the source of their own classes, to be run on loading, beside their state. Here the
-source is an unread string, and the state is all that is used.
+A pickle is a dictionary of networks (`G`, `D`, `G_ema` and settings of the training), or a single generator. Networks
+are "persistent objects": besides their state they carry the source code of their classes, which NVIDIA's programs run
+on loading. Here only the state is used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ckpt_convert.formats import torch_file
 from ckpt_convert.formats.arrays import Checkpoint, Stored
 from samjax.errors import UserError
 
-_MAX_MODULES = 10_000  # one inside another; a generator has some hundred
+_MAX_MODULES = 10_000  # a generator has about a hundred
 
 
 class Module:
-    """Stand-in for a persistent object: the class it was of, and its state."""
+    """Stand-in for a persistent object: the name of its class, and its state."""
 
     def __init__(self, meta: Any) -> None:
         if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
@@ -35,13 +35,13 @@ class Module:
         return part
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """An attribute, or else what the object was made with."""
+        """An attribute, or else an argument of the constructor."""
         made_with = self.state.get("_init_kwargs")
         return self.state.get(name, made_with.get(name, default) if isinstance(made_with, dict) else default)
 
 
 def names() -> dict[tuple[str, str], Any]:
-    """Stand-ins for what these pickles name."""
+    """Stand-ins for the names in these pickles."""
     return {
         **torch_file.names(),
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): Module,
@@ -50,7 +50,7 @@ def names() -> dict[tuple[str, str], Any]:
 
 
 def _walk(module: Module) -> Iterator[tuple[str, Module]]:
-    """`module` and all inside, with their dotted names, which end with a dot."""
+    """`module` and all modules in it, with their dotted names, which end with a dot."""
     waiting = [("", module)]
     for _ in range(_MAX_MODULES):
         if not waiting:
@@ -66,10 +66,10 @@ def _walk(module: Module) -> Iterator[tuple[str, Module]]:
 
 
 def checkpoint(found: Any) -> Checkpoint:
-    """The generator in an unpickled file: `G_ema` of a dictionary, or the object itself.
+    """Finds the generator in an unpickled file: `G_ema` of a dictionary, or the object itself.
 
     Raises:
-      UserError: there is none, or it is of a kind that samjax does not have.
+      UserError: if there is none, or it is of a kind that samjax does not support.
     """
     if isinstance(found, dict):
         which = "G_ema" if found.get("G_ema") is not None else "G"
@@ -100,13 +100,13 @@ def checkpoint(found: Any) -> Checkpoint:
 
 
 def _settings(generator: Module, synthesis: Module, mapping: Module) -> dict[str, Any]:
-    """What the objects state. Raises UserError for what samjax's generator does not have."""
+    """Fields of `StyleGAN2Config` that the objects state. Raises UserError for unsupported settings."""
     settings = {
         name: generator.setting(name)
         for name in ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
         if generator.setting(name) is not None
     }
-    # How the generator was made: by older code with a dictionary for each part, by newer code in one.
+    # Older versions pass the arguments in a dictionary for each part, newer ones in one.
     nested = generator.setting("synthesis_kwargs")
     made_with = {**(generator.setting("_init_kwargs") or {}), **(nested if isinstance(nested, dict) else {})}
     for name in ("channel_base", "channel_max"):
@@ -138,7 +138,7 @@ def _settings(generator: Module, synthesis: Module, mapping: Module) -> dict[str
 
 
 def require(where: str, name: str, value: Any, supported: Any) -> None:
-    """Raises a UserError unless `value` is the one that samjax's generator has built in."""
+    """Raises a UserError unless `value` is the only one that samjax's generator supports."""
     if value != supported:
         where = f"{where.removesuffix('.')}: " if where else ""
         raise UserError(f"{where}{name} is {str(value)[:40]!r}; samjax's StyleGAN2 has {supported!r} only")

@@ -1,7 +1,7 @@
-"""Checkpoints of rosinality's `stylegan2-pytorch`, and those of encoders that carry its generator.
+"""Checkpoints of rosinality's `stylegan2-pytorch`, and of encoders that include its generator.
 
-The first hold state dicts, the generator's average being `g_ema`, and often `latent_avg`; the second (pSp, e4e and
-their kin) hold one `state_dict` of encoder and `decoder`, and `latent_avg`.
+The first hold state dicts, of which `g_ema` is the averaged generator, and often `latent_avg`. The second (pSp, e4e and
+similar encoders) hold one `state_dict` of encoder and `decoder`, and `latent_avg`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from samjax.errors import UserError
 
 
 def checkpoint(found: Any) -> Checkpoint:
-    """The generator in the object that a torch file holds.
+    """Finds the generator in the contents of a torch file.
 
     Raises:
-      UserError: there is none.
+      UserError: if there is none.
     """
     if not isinstance(found, dict):
         raise UserError("the torch file holds no dictionary: not a checkpoint of a generator")
@@ -45,7 +45,7 @@ def checkpoint(found: Any) -> Checkpoint:
 
 
 class _Row:
-    """The first row of an array, whose rows are all the same."""
+    """The first row of an array whose rows are equal; see `arrays.Stored`."""
 
     def __init__(self, stored: Tensor) -> None:
         self._stored = stored
@@ -53,10 +53,6 @@ class _Row:
     @property
     def shape(self) -> tuple[int, ...]:
         return self._stored.shape[-1:]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._stored.dtype
 
     def array(self) -> np.ndarray:
         rows = self._stored.array().reshape(-1, self._stored.shape[-1])
@@ -66,5 +62,5 @@ class _Row:
 
 
 def _one_style(average: Tensor) -> Stored:
-    """`latent_avg`, which encoders repeat for every style."""
+    """`latent_avg` of one style; encoders repeat it for every style."""
     return _Row(average) if len(average.shape) > 1 else average

@@ -1,8 +1,8 @@
 """Network pickles of NVIDIA's TensorFlow repositories (`stylegan2`, `stylegan2-ada`).
 
-A pickle is a tuple (G, D, Gs) of `dnnlib.tflib.network.Network` states: the arguments a network was built with, its
-variables, its component networks, and the source that builds it, which is an unread string here. `Gs` is the average
-of the generator over its training, and the one to use.
+A pickle is a tuple (G, D, Gs) of the states of `dnnlib.tflib.network.Network`: the arguments that a network was built
+with, its variables, its component networks, and the source code that builds it, which is not used here. `Gs` is the
+moving average of the generator, and the one to convert.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ckpt_convert.formats.arrays import Checkpoint, Loaded, PickledArray, Stored
 from ckpt_convert.formats.nvidia import require
 from samjax.errors import UserError
 
-_MAX_NETWORKS = 100  # one inside another; a generator has two
-_FIELDS = {  # their arguments, ours
+_MAX_NETWORKS = 100  # nested in each other; a generator has two
+_FIELDS = {  # arguments of the program to fields of StyleGAN2Config
     "latent_size": "z_dim",
     "label_size": "c_dim",
     "dlatent_size": "w_dim",
@@ -47,12 +47,12 @@ class Network:
 
 
 def names() -> dict[tuple[str, str], Any]:
-    """Stand-ins for what these pickles name."""
+    """Stand-ins for the names in these pickles."""
     return {**arrays.python_names(), ("dnnlib.tflib.network", "Network"): Network}
 
 
 def _variables(network: Network) -> dict[str, Any]:
-    """A network's variables and those of its components, by name."""
+    """The variables of a network and of its components, by name."""
     found: dict[str, Any] = {}
     waiting = [("", network)]
     for _ in range(_MAX_NETWORKS):
@@ -74,10 +74,10 @@ def _variables(network: Network) -> dict[str, Any]:
 
 
 def checkpoint(found: Any) -> Checkpoint:
-    """The generator in an unpickled file: the last of three networks, or the one network.
+    """Finds the generator in an unpickled file: the last of three networks, or the only network.
 
     Raises:
-      UserError: there is none, or it is of a kind that samjax does not have.
+      UserError: if there is none, or it is of a kind that samjax does not support.
     """
     if isinstance(found, tuple) and len(found) == 3:
         found, what = found[2], "Gs of TensorFlow pickle"
@@ -98,7 +98,7 @@ def checkpoint(found: Any) -> Checkpoint:
         raise UserError("the network in the pickle has no readable arguments: damaged?")
     held: dict[str, Stored] = {}
     for name, value in variables.items():
-        # TensorFlow gives variables without axes as NumPy scalars.
+        # Scalar variables are pickled as NumPy scalars.
         held[name] = Loaded(np.asarray(value, np.float32)) if isinstance(value, int | float) else value
         if not isinstance(held[name], PickledArray | Loaded):
             raise UserError(f"{name[:80]} in the pickle is not an array: damaged?")
@@ -106,10 +106,10 @@ def checkpoint(found: Any) -> Checkpoint:
 
 
 def _settings(kwargs: dict[Any, Any]) -> dict[str, Any]:
-    """What a network was built with. Raises UserError for what samjax's generator does not have."""
+    """The arguments of a network as fields of `StyleGAN2Config`. Raises UserError for unsupported ones."""
     settings = {ours: kwargs[theirs] for theirs, ours in _FIELDS.items() if kwargs.get(theirs) is not None}
     if isinstance(kwargs.get("fmap_base"), int):
-        settings["channel_base"] = 2 * kwargs["fmap_base"]  # theirs counts from the layer below
+        settings["channel_base"] = 2 * kwargs["fmap_base"]  # NVIDIA's counts from the next lower resolution
     require("", "architecture", kwargs.get("architecture", "skip"), "skip")
     require("", "nonlinearity", kwargs.get("nonlinearity", "lrelu"), "lrelu")
     require("", "mapping_nonlinearity", kwargs.get("mapping_nonlinearity", "lrelu"), "lrelu")

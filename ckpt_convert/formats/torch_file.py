@@ -1,6 +1,7 @@
-"""Files of `torch.save`: zip archives (since 1.6) and the legacy form before them, read and written without torch.
+"""Files of `torch.save`, read and written without torch: zip archives (since 1.6) and the legacy format.
 
-Both hold a pickle in which a tensor is a storage, an offset, sizes and strides, and the storages' bytes beside it.
+Both hold a pickle, in which a tensor is a reference to a storage, an offset, sizes and strides, and the bytes of the
+storages.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from samjax.errors import UserError
 from samjax.io import files, pickles
 
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""How legacy files begin: the pickle of their magic number."""
+"""The first bytes of legacy files: the pickle of their magic number."""
 
 _DTYPES = {
     "HalfStorage": np.dtype("<f2"),
@@ -37,15 +38,17 @@ _DTYPES = {
     "BoolStorage": np.dtype("?"),
 }
 _MODULES = ("torch", "torch.cuda", "torch.storage")
-_MAX_PICKLE = 256 * 2**20  # bytes; that of a large training state has a few
+_MAX_PICKLE = 256 * 2**20  # bytes; a large training state has a few MB
 
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-    """The bytes that tensors share; `load` gives them, once, when a tensor is looked at.
+    """The elements that tensors share, read when the first of the tensors is.
 
     Attributes:
-      dtype: of its elements. count: how many. load: their bytes, or a UserError.
+      dtype: of the elements.
+      count: of the elements.
+      load: returns their bytes, or raises UserError.
     """
 
     dtype: np.dtype[Any]
@@ -92,14 +95,14 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 
 class _StorageType:
-    """Stand-in for a class such as `torch.FloatStorage`: only named, never called."""
+    """Stand-in for a class such as `torch.FloatStorage`, which pickles name but do not call."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
 
 
 def names() -> dict[tuple[str, str], Any]:
-    """Stand-ins for what the pickles of torch files name."""
+    """Stand-ins for the names in the pickles of torch files."""
     found: dict[tuple[str, str], Any] = {
         **arrays.python_names(),
         ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -119,7 +122,7 @@ def names() -> dict[tuple[str, str], Any]:
 
 
 def _storage_reference(identity: Any) -> tuple[np.dtype[Any], str, int]:
-    """Type, key and number of elements out of what a pickle says of a storage."""
+    """Type, key and number of elements of a storage that a pickle refers to."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise ValueError("a reference to something other than a storage")
     kind, key, _, count = identity[1:5]
@@ -131,13 +134,16 @@ def _storage_reference(identity: Any) -> tuple[np.dtype[Any], str, int]:
 
 
 def read(data: memoryview) -> Any:
-    """The object in a torch file, with `Tensor` for tensors and plain Python for the rest.
+    """Reads the object in a torch file.
 
     Args:
       data: the whole file, zip or legacy.
 
+    Returns:
+      The object, with `Tensor` for tensors and plain Python types for the rest.
+
     Raises:
-      UserError: it is damaged, not whole, of another kind, or names something outside of the allow list.
+      UserError: if the file is damaged, incomplete, of another format, or names something outside of the allow list.
     """
     if data[:2] == b"PK":
         return _read_zip(data)
@@ -153,7 +159,7 @@ def _read_zip(data: memoryview) -> Any:
     try:
         with zipfile.ZipFile(_Seekable(data)) as archive:  # type: ignore[arg-type]
             members = {member.filename: member for member in archive.infolist()}
-    except Exception as error:  # whatever a damaged directory of an archive leads to
+    except Exception as error:  # damaged archives raise almost anything
         raise UserError(f"not a readable zip archive ({error}): damaged, or not whole?") from error
     heads = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(heads) != 1:
@@ -179,19 +185,19 @@ def _read_zip(data: memoryview) -> Any:
 
 
 def _same(storage: Storage, dtype: np.dtype[Any], count: int) -> Storage:
-    """The same bytes, seen as what a later reference says."""
+    """`storage` with the type and the size that a later reference states."""
     if (storage.dtype, storage.count) == (dtype, count):
         return storage
     return Storage(dtype, count, storage.load)
 
 
 def _member(data: memoryview, members: dict[str, zipfile.ZipInfo], name: str) -> memoryview:
-    """The bytes of one member of an archive, in place."""
+    """The bytes of a member of an archive, as a view."""
     try:
         member = members[name]
     except KeyError:
         raise UserError(f"the torch file lacks {name}: damaged, or not whole?") from None
-    # torch stores members as they are; nothing that unpacks to more than the file's own size is ever looked at.
+    # torch does not compress members, so that nothing here can expand to more than the size of the file.
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size != member.compress_size:
         raise UserError(f"{name} in the zip archive is packed, which torch.save never does: save it again with torch")
     header = data[member.header_offset : member.header_offset + 30]
@@ -206,7 +212,7 @@ def _member(data: memoryview, members: dict[str, zipfile.ZipInfo], name: str) ->
 
 
 class _Seekable(io.RawIOBase):
-    """A stretch of memory as the seekable file that `zipfile` asks for."""
+    """Memory as the seekable file that `zipfile` needs."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
@@ -265,7 +271,7 @@ def _read_legacy(data: memoryview) -> Any:
     keys = pickles.load(view, {})
     if not isinstance(keys, list):
         raise UserError("the torch file lacks its list of storages: damaged?")
-    # The storages follow in the order of that list: how many elements, then the elements.
+    # The storages follow in the order of that list, each as its number of elements and the elements.
     for key in keys:
         if not isinstance(key, str) or key not in storages:
             raise UserError("the torch file lists a storage that nothing uses: damaged?")
@@ -281,10 +287,10 @@ def _read_legacy(data: memoryview) -> Any:
 
 
 def storage_from_bytes(data: Any) -> Storage:
-    """Stand-in for `torch.storage._load_from_bytes`: the one storage in a torch file held as bytes.
+    """Stand-in for `torch.storage._load_from_bytes`: the storage in a torch file that is given as bytes.
 
     Raises:
-      UserError: the bytes hold something else.
+      UserError: if the bytes hold something else.
     """
     found = read(memoryview(data)) if isinstance(data, bytes | memoryview) else None
     if not isinstance(found, Storage):
@@ -296,17 +302,17 @@ def storage_from_bytes(data: Any) -> Storage:
 
 
 def write(path: str | Path, found: Mapping[str, Any]) -> None:
-    """Writes nested dictionaries of arrays as `torch.save` would, as tensors on the CPU; the file appears whole.
+    """Writes nested dictionaries of arrays atomically, as `torch.save` writes tensors on the CPU.
 
-    PyTorch's loader gives the same dictionaries, also where it is told to take weights only.
+    `torch.load` returns the same dictionaries, also with `weights_only=True`.
 
     Args:
       path: of the file; one that exists is replaced.
       found: arrays, and dictionaries of them, by name.
 
     Raises:
-      UserError: the path cannot be written.
-      ValueError: arrays of a kind that torch lacks.
+      UserError: if the path cannot be written.
+      ValueError: if torch has no tensors of an array's type.
     """
     storages: list[np.ndarray] = []
     program = b"\x80\x02" + _emit(found, storages) + b"."  # protocol 2, as torch has
@@ -320,9 +326,9 @@ def write(path: str | Path, found: Mapping[str, Any]) -> None:
 
 
 def _emit(value: Any, storages: list[np.ndarray]) -> bytes:
-    """The pickle opcodes that put `value` on the stack; what arrays hold goes to `storages`.
+    """Returns the pickle opcodes that push `value` on the stack, and appends the data of arrays to `storages`.
 
-    By hand, since Python's own pickler imports what it names, and torch need not be here.
+    Python's own pickler would import the names that it writes, and torch may not be installed.
     """
     emit = functools.partial(_emit, storages=storages)
     match value:

@@ -1,10 +1,10 @@
-"""Networks on disk: the only module that knows Orbax and safetensors.
+"""Saving and loading networks: converted directories and safetensors files.
 
-A converted network is a folder of an Orbax checkpoint (`params/`) and `manifest.json`, which says in plain words
-what it is: where it came from, its config, every array with its shape and type, every file with its checksum. The
-networks inside the package are safetensors files with the same names and the config in the file's metadata.
+A converted network is a directory with an Orbax checkpoint (`params/`) and `manifest.json`, which records the source,
+the config, the shape and type of every array, and the checksum of every file. The networks inside the package are
+safetensors files with the same names and the config in the file's metadata.
 
-Half precision on disk stays so; in memory every parameter is float32.
+Files may hold half precision; in memory every parameter is float32.
 """
 
 from __future__ import annotations
@@ -26,29 +26,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from numpy.typing import DTypeLike
 
 from samjax.errors import UserError
 from samjax.io import files
 from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, stylegan2
-from samjax.nets.stylegan2 import Params, StyleGAN2Config
+from samjax.nets.stylegan2 import StyleGAN2Config
 
-# Orbax takes seconds to import, and the generator in the package does not need it: see the functions that do.
+# Orbax takes seconds to import, and the networks inside the package do not need it: only functions import it.
 
 MANIFEST = "manifest.json"
+"""The file that marks a converted directory."""
+
 _PARAMS = "params"
 _DTYPES = ("float32", "float16", "bfloat16")
 _MAX_LISTED = 1000  # names in one message; no generator has as many
 _MAX_SIZE = 2**24  # of any entry of a config
-_MAX_ENTRIES = 64  # of a list in a config, or letters of a word
+_MAX_ENTRIES = 64  # of a list in a config, or characters of a string
 
 
 class Kind(NamedTuple):
     """A kind of network.
 
     Attributes:
-      what: for messages. config: type of its config, which no other kind has. init: `init(config, key=key)` gives its
-      variables.
+      what: its name in messages.
+      config: the type of its config, which no other kind has.
+      init: `init(config, key=key)` returns its parameters.
     """
 
     what: str
@@ -64,58 +68,38 @@ NETWORKS: Mapping[str, Kind] = {
     "bisenet": Kind("face parser", bisenet.BiSeNetConfig, bisenet.init),
     "mask_rcnn": Kind("Mask R-CNN", mask_rcnn.MaskRCNNConfig, mask_rcnn.init),
 }
+"""All kinds of networks by name."""
 
 
 class LoadedNetwork(NamedTuple):
-    """A network as its functions take it: config, nested dictionary of float32 arrays, and what its origin is."""
-
-    config: Any
-    variables: Mapping[str, Any]
-    manifest: dict[str, Any]
-
-
-class LoadedGenerator(NamedTuple):
-    """A generator as the networks take it.
+    """A network in memory.
 
     Attributes:
-      config: its sizes.
-      params: nested dictionary of float32 arrays; see `samjax.nets.stylegan2`.
-      manifest: what is known of its origin; empty for a safetensors file that says nothing.
+      config: its sizes, a dataclass whose type tells the kind of network; see `NETWORKS`.
+      params: nested dictionary of float32 arrays, as the network's functions in `samjax.nets` take it.
+      manifest: source, format and license, as far as they are known; may be empty.
     """
 
-    config: StyleGAN2Config
-    params: Params
+    config: Any
+    params: dict[str, Any]
     manifest: dict[str, Any]
 
 
 # --- names ---
 
 
-def flatten(params: Params) -> dict[str, Any]:
-    """Nested dictionary to one level: `{"synthesis/b4/const": array, …}`."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{rest}": array for rest, array in flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens a nested dictionary: `{"synthesis/b4/const": array, ...}`, the names that files use."""
+    return traverse_util.flatten_dict(params, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `flatten`."""
-    params: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, name = path.split("/")
-        inner = params
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[name] = value
-    return params
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def kind_of(config: Any) -> tuple[str, Kind]:
-    """The entry of `NETWORKS` that `config` belongs to. Raises ValueError if it is the config of no network."""
+    """The entry of `NETWORKS` that `config` belongs to. Raises ValueError if there is none."""
     for name, kind in NETWORKS.items():
         if type(config) is kind.config:
             return name, kind
@@ -130,12 +114,12 @@ def _parameter_shapes(config: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array of a network, traced from the network itself; nothing is computed."""
+    """Name and shape of every array of the network with this config, found by tracing `init` abstractly."""
     return dict(_parameter_shapes(config))
 
 
 def compact(names: Iterable[str]) -> str:
-    """Names in one line, those that differ only in their last part together: `a/b/{weight, bias}`."""
+    """Joins names in one line and groups those that differ only in the last part: `a/b/{weight, bias}`."""
     groups: dict[str, list[str]] = {}
     listed = list(names)
     more = f", and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
@@ -151,7 +135,16 @@ def compact(names: Iterable[str]) -> str:
 def differences(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
 ) -> str:
-    """What separates the arrays that a file has from those that it should have, all in one line; "" if nothing."""
+    """Describes in one line how the arrays of a file differ from the expected ones.
+
+    Args:
+      found: name to shape in the file.
+      expected: name to shape that the network needs.
+      ignored: names that the file may have in addition.
+
+    Returns:
+      All missing and unexpected names and all wrong shapes; "" if there are none.
+    """
     parts = []
     if missing := [name for name in expected if name not in found]:
         parts.append(f"{len(missing)} missing: {compact(missing)}")
@@ -166,19 +159,23 @@ def differences(
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config as a dictionary for JSON; see `config_from_dict`."""
     return dataclasses.asdict(config)
 
 
 def config_from_dict(values: Any, where: str, network: str = "generator") -> Any:
-    """The config that `values` describe; `where` names them in messages.
+    """Builds a config from a dictionary.
 
     Args:
-      values: as `config_to_dict` gives them, perhaps by way of JSON; what is left out takes its default.
-      where: for messages.
+      values: as returned by `config_to_dict`, possibly read from JSON; missing fields take their defaults.
+      where: the origin of `values`, for messages.
       network: a key of `NETWORKS`.
 
+    Returns:
+      The config, of the type that `NETWORKS` lists.
+
     Raises:
-      UserError: a field is unknown, or is not what such a network can have.
+      UserError: if a field is unknown, or its value is not possible for this kind of network.
     """
     what, kind, _ = NETWORKS[network]
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -186,7 +183,7 @@ def config_from_dict(values: Any, where: str, network: str = "generator") -> Any
         raise UserError(f"{where} has no config of a {what}: damaged, or of another program?")
     taken = {}
     for name, value in values.items():
-        # A setting that is 0 or empty by default may be so; any other has to be something.
+        # Only fields whose default is 0 may be 0.
         default = fields[name].default
         low = 0 if isinstance(default, int) and default == 0 else 1
         try:
@@ -200,7 +197,7 @@ def config_from_dict(values: Any, where: str, network: str = "generator") -> Any
 
 
 def _setting(hint: Any, value: Any, low: int) -> Any:
-    """`value` as a field of the type `hint`; TypeError if it is none. Whole numbers are at least `low`."""
+    """Checks `value` against the type `hint`; TypeError if it does not fit. Integers are at least `low`."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, list | tuple) and 0 < len(value) <= _MAX_ENTRIES:
@@ -218,7 +215,7 @@ def _setting(hint: Any, value: Any, low: int) -> Any:
     raise TypeError
 
 
-# --- folders ---
+# --- directories ---
 
 
 def _contiguous(array: Any) -> np.ndarray:
@@ -227,15 +224,15 @@ def _contiguous(array: Any) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
-def _checksums(folder: Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of every file below `folder`, by its path from there."""
+def _checksums(directory: Path) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of every file below `directory`, by relative path."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         crc = 0
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 crc = zlib.crc32(chunk, crc)
-        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "crc32": crc}
+        found[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "crc32": crc}
     return found
 
 
@@ -249,53 +246,68 @@ def _format(network: str) -> str:
     return f"samjax {network} 1"
 
 
-_FORMATS = {_format(name): kind.what for name, kind in NETWORKS.items()}
+_FORMATS = {_format(name): name for name in NETWORKS}
 
 
-def kind_at(folder: str | Path) -> str | None:
-    """What the converted network in `folder` is, as `Kind.what` has it; None if there is none."""
+def network_at(path: str | Path) -> str | None:
+    """The kind of the converted network at `path`, a key of `NETWORKS`; None if there is none.
+
+    Args:
+      path: of a directory written by `save_network`, or of a file written by `save_safetensors`. Only the manifest or
+        the metadata is read.
+    """
+    path = Path(path)
     try:
-        return _FORMATS.get(json.loads((Path(folder) / MANIFEST).read_text("utf-8")).get("format"))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        if path.is_dir():
+            found = json.loads((path / MANIFEST).read_text("utf-8")).get("format")
+        else:
+            found = _safetensors_metadata(path).get("format", "")
+        return _FORMATS.get(found)
+    except (UserError, OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
 
 
 def check_writable(path: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Says early whether `save_network` may write to `path`.
+    """Checks in advance that `save_network` may write to `path`.
+
+    Args:
+      path: of the directory.
+      manifest: of the network to be written; only its `source` counts.
 
     Raises:
-      UserError: there is a file, a folder of something else, or the network of another source.
+      UserError: if `path` is a file, a directory of something else, or holds the network of another source.
     """
-    folder = Path(path)
+    directory = Path(path)
     try:
-        if folder.is_dir():
-            if not any(folder.iterdir()):
+        if directory.is_dir():
+            if not any(directory.iterdir()):
                 return
-            if (what := kind_at(folder)) is None:
-                raise UserError(f"{folder} is not empty and not a converted network: choose another folder")
-            old = json.loads((folder / MANIFEST).read_text("utf-8")).get("source")
+            if (network := network_at(directory)) is None:
+                raise UserError(f"{directory} is not empty and not a converted network: choose another directory")
+            old = json.loads((directory / MANIFEST).read_text("utf-8")).get("source")
             if _origin(old) & _origin(manifest.get("source")) or old == manifest.get("source"):
                 return
             name = old.get("file") if isinstance(old, Mapping) else old
-            raise UserError(f"{folder} holds the {what} of {name}: choose another folder, or delete that one")
-        if folder.exists() or folder.is_symlink():
-            raise UserError(f"{folder} is a file: choose the name of a folder")
+            what = NETWORKS[network].what
+            raise UserError(f"{directory} holds the {what} of {name}: choose another directory, or delete that one")
+        if directory.exists() or directory.is_symlink():
+            raise UserError(f"{directory} is a file: choose the name of a directory")
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
     except ValueError as error:  # a zero byte in the name
-        raise UserError(f"cannot write {str(folder)!r}: not a legal folder name") from error
+        raise UserError(f"cannot write {str(directory)!r}: not a legal directory name") from error
 
 
 def _origin(source: Any) -> set[tuple[str, str]]:
-    """What makes two sources the same: the file's name, or its contents."""
+    """File name and hash of a source; two sources are the same if they share either."""
     if not isinstance(source, Mapping):
         return set()
     return {(key, source[key]) for key in ("file", "sha256") if isinstance(source.get(key), str)}
 
 
 @contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write in that becomes `path` when the block ends well, and disappears when it does not."""
+def _atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a temporary directory that becomes `path` if the block succeeds, and is deleted otherwise."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{secrets.token_hex(8)}.part"
@@ -307,46 +319,46 @@ def _whole_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         beside.rename(path)
     finally:
-        # Whenever it ended, what was there before is there again, or its successor is.
+        # Interrupted between the two renames: the old directory goes back.
         if old.exists() and not path.exists():
             old.rename(path)
-        for folder in (beside, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        for directory in (beside, old):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def save_network(path: str | Path, config: Any, variables: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Writes a network as an Orbax folder with its manifest; it appears whole, or not at all.
+def save_network(path: str | Path, config: Any, params: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Writes a network as an Orbax directory with its manifest, atomically.
 
-    A folder that holds the network of the same source is replaced; anything else at `path` is left alone.
+    A directory that holds the network of the same source is replaced; anything else at `path` is left alone.
 
     Args:
-      path: of the folder.
-      config: the network's; its type says which network it is.
-      variables: nested dictionary of arrays (a generator's parameters, the variables of others): float32, or float16
-        or bfloat16, which halve the size on disk.
-      manifest: what to say of the network's origin, for JSON; `source` decides what may be replaced.
+      path: of the directory.
+      config: of the network; its type tells the kind of network.
+      params: nested dictionary of arrays: float32, or float16 or bfloat16, which halve the size on disk.
+      manifest: the network's origin, for JSON; `source` decides what may be replaced.
 
     Raises:
-      UserError: there is something else at `path`, or it cannot be written.
-      ValueError: `variables` are not those of `config`.
+      UserError: if there is something else at `path`, or it cannot be written.
+      ValueError: if `params` do not fit `config`.
     """
     import orbax.checkpoint as ocp
 
-    folder, flat = Path(path), flatten(variables)
+    directory, flat = Path(path), flatten(params)
     network, _ = kind_of(config)
     found = {name: tuple(np.shape(array)) for name, array in flat.items()}
     if wrong := differences(found, parameter_shapes(config)):
         raise ValueError(f"the parameters are not those of the config: {wrong}")
-    check_writable(folder, manifest)
+    check_writable(directory, manifest)
     flat = {name: np.asarray(array) for name, array in flat.items()}
     described = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in flat.items()}
     if odd := [name for name, array in described.items() if array["dtype"] not in _DTYPES]:
         raise ValueError(f"parameters must be float32, float16 or bfloat16; these are not: {compact(odd)}")
     whole = {"format": _format(network), **manifest, "config": config_to_dict(config), "arrays": described}
     try:
-        with _whole_folder(folder) as beside:
+        with _atomic_directory(directory) as beside:
             # Weights hardly compress, and compressing them doubles the memory that writing takes.
-            # Of several processes that train together only the one that writes is here to be waited for.
+            # Where several processes train together, only the one that writes gets here, so Orbax must not wait
+            # for the others.
             me = jax.process_index()
             options = ocp.options.MultiprocessingOptions(me, {me}, f"network{me}")
             handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
@@ -356,9 +368,9 @@ def save_network(path: str | Path, config: Any, variables: Mapping[str, Any], ma
             files.write_text(beside / MANIFEST, _readable(whole))
     except UserError:
         raise
-    except Exception as error:  # what a full disk makes of the libraries below
+    except Exception as error:  # Orbax reports a full disk in many ways
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0][:200]
-        raise UserError(f"cannot write {folder}: {reason}") from error
+        raise UserError(f"cannot write {directory}: {reason}") from error
 
 
 def _readable(manifest: Mapping[str, Any]) -> str:
@@ -370,80 +382,84 @@ def _readable(manifest: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def _restore(folder: Path, dtypes: Mapping[str, str]) -> dict[str, np.ndarray]:
+def _restore(directory: Path, dtypes: Mapping[str, str]) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     args = {name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=jnp.dtype(dtype)) for name, dtype in dtypes.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restore = ocp.args.PyTreeRestore(restore_args=unflatten(args))
-        return flatten(checkpointer.restore((folder / _PARAMS).absolute(), args=restore))
+        return flatten(checkpointer.restore((directory / _PARAMS).absolute(), args=restore))
 
 
-def _load_folder(folder: Path, network: str) -> LoadedNetwork:
+def _read_manifest(directory: Path, network: str) -> tuple[Any, dict[str, Any]]:
+    """Config and manifest of a converted directory."""
     what = NETWORKS[network].what
     try:
-        text = (folder / MANIFEST).read_text("utf-8")
+        text = (directory / MANIFEST).read_text("utf-8")
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is not a converted {what} (it has no {MANIFEST}): make one with python -m ckpt_convert"
+            f"{directory} is not a converted {what} (it has no {MANIFEST}): make one with python -m ckpt_convert"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {folder / MANIFEST}: {error}") from error
+        raise UserError(f"cannot read {directory / MANIFEST}: {error}") from error
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError):
-        raise UserError(f"{folder / MANIFEST} is damaged: convert the {what} again") from None
+        raise UserError(f"{directory / MANIFEST} is damaged: convert the {what} again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _format(network):
-        if other := kind_at(folder):
-            raise UserError(f"{folder} holds another network ({other}), where a {what} is expected")
-        raise UserError(f"{folder} is not a {what} converted by this version: convert it again")
-    config = config_from_dict(manifest.get("config"), str(folder / MANIFEST), network)
+        if other := network_at(directory):
+            raise UserError(f"{directory} holds another network ({NETWORKS[other].what}), where a {what} is expected")
+        raise UserError(f"{directory} is not a {what} converted by this version: convert it again")
+    return config_from_dict(manifest.get("config"), str(directory / MANIFEST), network), manifest
+
+
+def _load_directory(directory: Path, network: str) -> LoadedNetwork:
+    config, manifest = _read_manifest(directory, network)
+    what = NETWORKS[network].what
     arrays = manifest.get("arrays")
     if not isinstance(arrays, dict) or not all(
         isinstance(array, dict) and isinstance(array.get("shape"), list) and array.get("dtype") in _DTYPES
         for array in arrays.values()
     ):
-        raise UserError(f"{folder / MANIFEST} is damaged: convert the {what} again")
+        raise UserError(f"{directory / MANIFEST} is damaged: convert the {what} again")
     if wrong := differences({name: tuple(array["shape"]) for name, array in arrays.items()}, parameter_shapes(config)):
-        raise UserError(f"{folder} does not hold the {what} that its config describes: {wrong}")
-    # Before the libraries below see the files: what they make of damaged ones is neither quiet nor quick.
+        raise UserError(f"{directory} does not hold the {what} that its config describes: {wrong}")
+    # Checked before Orbax reads the files: on damaged ones it is slow and prints.
     listed = manifest.get("files")
     try:
-        found = _checksums(folder / _PARAMS)
+        found = _checksums(directory / _PARAMS)
     except OSError as error:
-        raise UserError(f"cannot read {folder / _PARAMS}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {directory / _PARAMS}: {error.strerror or error}") from error
     if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{folder / MANIFEST} is damaged: convert the {what} again")
+        raise UserError(f"{directory / MANIFEST} is damaged: convert the {what} again")
     if damaged := [name for name in listed if found.get(name) != listed[name]]:
-        raise UserError(f"{folder / _PARAMS} is damaged ({compact(damaged)}): convert the {what} again")
+        raise UserError(f"{directory / _PARAMS} is damaged ({compact(damaged)}): convert the {what} again")
     try:
-        flat = _restore(folder, {name: array["dtype"] for name, array in arrays.items()})
+        flat = _restore(directory, {name: array["dtype"] for name, array in arrays.items()})
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
-        raise UserError(f"{folder / _PARAMS} cannot be read ({reason}): convert the {what} again") from error
-    _check_shapes(config, flat, str(folder))
-    return LoadedNetwork(config, _on_device(flat), manifest)
+        raise UserError(f"{directory / _PARAMS} cannot be read ({reason}): convert the {what} again") from error
+    _check_shapes(config, flat, str(directory))
+    return LoadedNetwork(config, to_device(flat), manifest)
 
 
-def _on_device(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    # Converted by NumPy, and put there at once: JAX would compile a program for every shape of a float16 file.
+def to_device(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Nested float32 arrays on the default device, from arrays by flat names."""
+    # Converted by NumPy, since JAX would compile a program for every shape of a float16 file.
     return jax.device_put(unflatten({name: np.asarray(array, np.float32) for name, array in flat.items()}))
 
 
 # --- safetensors ---
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and metadata of a safetensors file.
-
-    Raises:
-      UserError: it is missing, damaged, or not such a file.
-    """
+@contextlib.contextmanager
+def _open_safetensors(path: str | Path) -> Iterator[Any]:
+    """Opens a file with safetensors' `safe_open`, and raises UserError for what is wrong with it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a converted generator or a .safetensors file") from None
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -451,17 +467,38 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         raise UserError(f"{path} is not a readable safetensors file ({reason}): damaged, or not whole?") from error
 
 
+def _safetensors_metadata(path: str | Path) -> dict[str, str]:
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads the arrays and the metadata of a safetensors file.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Arrays by name, and the metadata.
+
+    Raises:
+      UserError: if the file is missing, damaged, or of another format.
+    """
+    with _open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
 def write_safetensors(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, whole. Raises UserError if it cannot be written."""
+    """Writes a safetensors file atomically. Raises UserError if it cannot be written."""
     from safetensors.numpy import save
 
-    # The library writes an array's memory as it lies, so it has to lie in order.
+    # The library writes the memory of an array without regard to its strides.
     data = save({name: _contiguous(array) for name, array in arrays.items()}, dict(metadata))
     files.write_bytes(path, data)
 
 
 def parse_metadata(text: str | None, where: str) -> Any:
-    """JSON out of a metadata field. Raises UserError if it is not."""
+    """Parses JSON in a metadata field; None for an empty one. Raises UserError if it is not JSON."""
     try:
         return json.loads(text or "null")
     except (ValueError, RecursionError):
@@ -471,26 +508,26 @@ def parse_metadata(text: str | None, where: str) -> Any:
 def save_safetensors(
     path: str | Path,
     config: Any,
-    variables: Mapping[str, Any],
+    params: Mapping[str, Any],
     dtype: DTypeLike = np.float32,
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a network as one safetensors file under our own names, its config in the metadata.
+    """Writes a network as one safetensors file with samjax's names and the config in the metadata.
 
     Args:
       path: of the file, which is replaced if it exists.
-      config: the network's; its type says which network it is.
-      variables: nested dictionary of arrays.
+      config: of the network; its type tells the kind of network.
+      params: nested dictionary of arrays.
       dtype: float32, or float16 for half the size.
-      manifest: what to say of the network's origin, for JSON.
+      manifest: the network's origin, for JSON.
 
     Raises:
-      UserError: the file cannot be written.
-      ValueError: `variables` are not those of `config`, or some leave the range of `dtype`.
+      UserError: if the file cannot be written.
+      ValueError: if `params` do not fit `config`, or some values leave the range of `dtype`.
     """
     network, _ = kind_of(config)
-    with np.errstate(over="ignore"):  # what leaves the range is named below
-        flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(variables).items()}
+    with np.errstate(over="ignore"):  # reported below
+        flat = {name: np.asarray(array).astype(dtype) for name, array in flatten(params).items()}
     found = {name: array.shape for name, array in flat.items()}
     if wrong := differences(found, parameter_shapes(config)):
         raise ValueError(f"the parameters are not those of the config: {wrong}")
@@ -500,45 +537,64 @@ def save_safetensors(
     write_safetensors(path, flat, {"format": _format(network), "config": settings, "manifest": origin})
 
 
-def _load_safetensors(path: Path, network: str) -> LoadedNetwork:
-    flat, metadata = read_safetensors(path)
+def _parse_metadata(path: Path, metadata: Mapping[str, str], network: str) -> tuple[Any, dict[str, Any]]:
+    """Config and manifest in the metadata of a file."""
     if metadata.get("format") != _format(network):
         what, other = NETWORKS[network].what, _FORMATS.get(metadata.get("format", ""))
         if other:
-            raise UserError(f"{path} holds another network ({other}), where a {what} is expected")
-        raise UserError(f"{path} is not a {what} of ours: convert it first, python -m ckpt_convert {path} OUT_DIR")
+            raise UserError(f"{path} holds another network ({NETWORKS[other].what}), where a {what} is expected")
+        raise UserError(
+            f"{path} is not a {what} written by samjax: convert it first, python -m ckpt_convert {path} OUT_DIR"
+        )
     config = config_from_dict(parse_metadata(metadata.get("config"), str(path)), str(path), network)
+    manifest = parse_metadata(metadata.get("manifest"), str(path))
+    return config, manifest if isinstance(manifest, dict) else {}
+
+
+def _load_safetensors(path: Path, network: str) -> LoadedNetwork:
+    flat, metadata = read_safetensors(path)
+    config, manifest = _parse_metadata(path, metadata, network)
     _check_shapes(config, flat, str(path))
     if odd := [name for name, array in flat.items() if str(array.dtype) not in _DTYPES]:
         raise UserError(f"{path} holds arrays that are not of floating-point numbers: {compact(odd)}")
-    manifest = parse_metadata(metadata.get("manifest"), str(path))
-    return LoadedNetwork(config, _on_device(flat), manifest if isinstance(manifest, dict) else {})
+    return LoadedNetwork(config, to_device(flat), manifest)
 
 
-# --- both ---
+# --- either ---
 
 
 def load_network(path: str | Path, network: str) -> LoadedNetwork:
-    """Reads a network.
+    """Loads a network.
 
     Args:
-      path: a folder written by `save_network` (which `python -m ckpt_convert` uses), or a file by `save_safetensors`.
-      network: which one is expected, a key of `NETWORKS`.
+      path: a directory written by `save_network` (or `python -m ckpt_convert`), or a file by `save_safetensors`.
+      network: the expected kind, a key of `NETWORKS`.
 
     Returns:
       Config, float32 arrays on the default device, and the manifest.
 
     Raises:
-      UserError: it is missing, damaged, not whole, or something else.
+      UserError: if it is missing, damaged, incomplete, or holds something else.
     """
-    path = Path(path)
+    path = _converted(path)
+    return _load_directory(path, network) if path.is_dir() else _load_safetensors(path, network)
+
+
+def load_config(path: str | Path, network: str) -> Any:
+    """Loads only the config of a network; arguments and errors are those of `load_network`."""
+    path = _converted(path)
     if path.is_dir():
-        return _load_folder(path, network)
-    if path.suffix in (".pkl", ".pt", ".pth", ".ckpt"):
+        return _read_manifest(path, network)[0]
+    return _parse_metadata(path, _safetensors_metadata(path), network)[0]
+
+
+def _converted(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix in (".pkl", ".pt", ".pth", ".ckpt") and not path.is_dir():
         raise UserError(f"{path} is not converted yet: python -m ckpt_convert {path} OUT_DIR, then give OUT_DIR")
-    return _load_safetensors(path, network)
+    return path
 
 
-def load_generator(path: str | Path) -> LoadedGenerator:
-    """`load_network`, for a generator."""
-    return LoadedGenerator(*load_network(path, "generator"))
+def load_generator(path: str | Path) -> LoadedNetwork:
+    """Loads a generator; see `load_network`."""
+    return load_network(path, "generator")

@@ -1,7 +1,7 @@
-"""Reading pictures as people have them, and segment files; writing PNGs whole.
+"""Reading images and segment files, writing PNG files, and converting and resizing images.
 
-A picture from a file becomes uint8 [H, W, 3] whatever its colour mode, rotation or depth. Inside, images are
-float32 in [-1, 1]; `to_float` and `to_uint8` are the only way between the two.
+Images read from files are uint8 [H, W, 3] whatever their colour mode, orientation or bit depth. Networks and losses use
+float32 in [-1, 1]; `to_float` and `to_uint8` convert between the two.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,24 +24,26 @@ from samjax.errors import UserError
 from samjax.io import files
 
 Fit = Literal["stretch", "letterbox", "crop"]
-"""How a picture comes to another shape: stretched, with bars added, or with edges cut off."""
+"""How an image is brought to another aspect ratio: stretched, padded with black bars, or cropped."""
 
 MIN_SIDE = 8
-"""Pictures with a shorter side are refused: there is nothing in them to invert."""
+"""Images with a shorter side are refused: they are too small to invert."""
 
 MAX_PIXELS = 400_000_000
-"""Pictures with more pixels are refused (20,000 x 20,000 is the largest square): decoding one takes up to 2 GB."""
+"""Images with more pixels are refused (20,000 x 20,000 is the largest square): decoding one takes up to 2 GB."""
 
 REDUCE_ABOVE = 32_000_000
-"""Pictures with more pixels are reduced as they are read, by the smallest whole factor that brings them below."""
+"""Images with more pixels are reduced while being read, by the smallest whole factor that brings them below this."""
 
 MAX_LABELS = 256
 """Segment files with more labels are refused."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
-"""Pillow's names of the formats read here: none that starts another program, as Pillow does for EPS."""
+"""Formats that are read, by Pillow's names; none for which Pillow starts another program, as it does for EPS."""
 
 _READABLE = "PNG, JPEG, WebP, TIFF, GIF, BMP or AVIF"
+_ACCEPTED = "a path, a PIL image, or an array [height, width, 3] of uint8 or of floats in [-1, 1]"
+_OUT_OF_RANGE = 1e-3  # by how much float images may exceed [-1, 1]
 _PHOTOGRAPH_LABELS, _PHOTOGRAPH_EDGES = 32, 0.35
 
 Notify = Callable[[str], None]
@@ -66,7 +69,7 @@ def _warn(note: str) -> None:
 
 @contextlib.contextmanager
 def _no_bomb_check() -> Iterator[None]:
-    """Pillow's limit on pixels is a global of its own; `_open` checks ours instead, which has a clearer message."""
+    """Disables Pillow's global limit on pixels; `_check_largest` checks ours instead, with a clearer message."""
     with _opening:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None
@@ -77,37 +80,37 @@ def _no_bomb_check() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong while `path` is decoded into one line."""
+def _reading(name: str | Path) -> Iterator[None]:
+    """Turns any error while decoding the image called `name` into a UserError of one line."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's readers, about metadata
+            warnings.simplefilter("ignore")  # from Pillow's readers, about metadata
             yield
     except UserError:
         raise
     except PermissionError as error:
-        raise UserError(f"{path}: permission denied: make the file readable") from error
+        raise UserError(f"{name}: permission denied: make the file readable") from error
     except MemoryError as error:
-        raise UserError(f"{path}: not enough memory to decode it: make the picture smaller") from error
+        raise UserError(f"{name}: not enough memory to decode it: make the image smaller") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture that can be read here: save it as {_READABLE}") from error
-    except Exception as error:  # damaged files make Pillow's readers raise almost anything
+        raise UserError(f"{name} is not an image that can be read: save it as {_READABLE}") from error
+    except Exception as error:  # Pillow's readers raise almost anything for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is damaged or not whole ({reason}): copy or save the picture again") from error
+        raise UserError(f"{name} is damaged or incomplete ({reason}): copy or save the image again") from error
 
 
 def _regular_file(path: str | Path) -> Path:
     path = Path(path)
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder: give the path of one picture")
+            raise UserError(f"{path} is a directory: give the path of an image")
         if not path.exists():
-            raise UserError(f"{path} does not exist: give the path of a picture")
+            raise UserError(f"{path} does not exist: give the path of an image")
         if not path.is_file():
-            raise UserError(f"{path} is not a regular file: give the path of a picture")
+            raise UserError(f"{path} is not a regular file: give the path of an image")
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes): copy or save the picture again")
-    except (OSError, ValueError) as error:  # no permission on the way, a name too long, a zero byte in the name
+            raise UserError(f"{path} is empty (0 bytes): copy or save the image again")
+    except (OSError, ValueError) as error:  # permission denied, a name too long, a null byte in the name
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(f"cannot read {str(path)!r}: {reason}") from error
     return path
@@ -115,7 +118,7 @@ def _regular_file(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[Image.Image]:
-    """The picture in `path`, its header read and its size checked, its pixels not yet decoded."""
+    """Opens the image in `path`: reads its header and checks its size, without decoding its pixels."""
     path = _regular_file(path)
     with _reading(path):
         Image.init()
@@ -123,13 +126,23 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
         with _no_bomb_check():
             image = Image.open(path, formats=formats)
         with image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UserError(
-                    f"{path} has {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} can be read: "
-                    "make the picture smaller"
-                )
+            _check_largest(image, path)
             yield image
+
+
+def _check_largest(image: Image.Image, name: str | Path) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{name} has {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} can be read: make the image smaller"
+        )
+
+
+def _check_smallest(width: int, height: int, name: str | Path) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise UserError(
+            f"{name} has only {width} x {height} pixels: give an image of at least {MIN_SIDE} x {MIN_SIDE} pixels"
+        )
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -137,14 +150,22 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of the picture in the file, after EXIF rotation and before `read_image` reduces anything.
+    """Height and width of the image in a file, with its EXIF orientation, from the file's header.
+
+    Images of more than `REDUCE_ABOVE` pixels are smaller once `read_image` has read them.
+
+    Args:
+      path: path of the image.
+
+    Returns:
+      (height, width).
 
     Raises:
-      UserError: as `read_image`, of what the header shows.
+      UserError: the file cannot be read, is not an image, or has too many pixels.
     """
     with _open(path) as image:
         width, height = image.size
-        # Of TIFF files, Pillow's size is that of the upright picture already.
+        # For TIFF files, Pillow's size already takes the orientation into account.
         lying = image.format != "TIFF" and _orientation(image) in _QUARTER_TURNS
         return (width, height) if lying else (height, width)
 
@@ -154,13 +175,14 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 def _grey_scale(image: Image.Image) -> tuple[float, float]:
-    """Black and white of a picture of one wide channel: 16 bits in full; others by what their values show.
+    """The values of black and white in a grey image of more than 8 bits.
 
-    Integers up to 65,535 count as 16 bits; floats from 0 to 1, or to 255, as such; any other range is stretched.
+    16-bit images use their full range. Otherwise the values decide: integers up to 65,535 are taken as 16 bits, floats
+    from 0 to 1, 255 or 65,535 as such; any other range is stretched from its minimum to its maximum.
     """
     if image.mode.startswith("I;16"):
         return 0.0, 65535.0
-    # Not `getextrema`, which takes NaN for a number.
+    # Not `getextrema`, which is wrong where there are NaNs.
     values = np.asarray(image)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
@@ -172,7 +194,7 @@ def _grey_scale(image: Image.Image) -> tuple[float, float]:
 
 
 def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
-    """From the colour profile that the file carries to sRGB, or None where that would change nothing or fails."""
+    """The conversion from the image's embedded colour profile to sRGB; None if it is sRGB already or unusable."""
     data = image.info.get("icc_profile")
     if not data or image.mode not in ("RGB", "CMYK"):
         return None
@@ -182,12 +204,12 @@ def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] 
             return None
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), image.mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None  # a damaged profile, or one of another kind of picture: the plain conversion still serves
+        return None  # a damaged or unsuitable profile: fall back on Pillow's conversion
     return lambda part: ImageCms.applyTransform(part, transform) or part.convert("RGB")
 
 
 class _Converter:
-    """From any mode of the decoded picture `image`, or of a part of it, to RGB; keeps notes of what was lost."""
+    """Converts the decoded `image`, or a part of it, from any mode to RGB; `notes` says what was lost."""
 
     def __init__(self, image: Image.Image):
         self.notes: set[str] = set()
@@ -203,17 +225,17 @@ class _Converter:
         if part.has_transparency_data:
             part = part.convert("RGBA")
             if np.asarray(part.getchannel("A")).min() < 255:
-                self.notes.add("its transparent parts are laid on white")
+                self.notes.add("its transparent areas are placed on white")
             part = Image.alpha_composite(Image.new("RGBA", part.size, (255, 255, 255, 255)), part)
         return part.convert("RGB") if self._to_srgb is None else self._to_srgb(part)
 
 
 def _decode(image: Image.Image) -> tuple[Image.Image, set[str]]:
-    """The first frame in RGB, upright, reduced if it is very large; and notes."""
+    """The current frame in RGB, upright, reduced if it is very large; and notes of what was changed."""
     width, height = image.size
     factor = max(1, math.ceil(math.sqrt(width * height / REDUCE_ABOVE)))
     if factor > 1:
-        # JPEGs can be decoded at a half, a quarter or an eighth: less time and memory.
+        # JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size, which saves time and memory.
         image.draft("", (math.ceil(width / factor), math.ceil(height / factor)))
         factor = max(1, math.ceil(math.sqrt(image.width * image.height / REDUCE_ABOVE)))
     image.load()
@@ -221,7 +243,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, set[str]]:
     if factor == 1:
         upright = convert(image)
     else:
-        # By strips, so that only the decoded picture is ever held at its full size.
+        # In strips, so that no converted copy of the full size is needed.
         rows = factor * max(1, 4_000_000 // (image.width * factor))
         upright = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
         for top in range(0, image.height, rows):
@@ -234,45 +256,126 @@ def _decode(image: Image.Image) -> tuple[Image.Image, set[str]]:
     return upright, convert.notes
 
 
-def read_image(path: str | Path, *, notify: Notify = _warn) -> Uint8:
-    """Reads the picture in a file as a person sees it.
+def _upright(image: Image.Image, name: str | Path) -> tuple[Uint8, list[str]]:
+    """Decodes an open image, which messages call `name`, to uint8 [H, W, 3]; also notes of what was changed."""
+    _check_smallest(*image.size, name)
+    # The two images in an MPO file are two views of the same scene, not an animation.
+    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    first = image.tell() == 0
+    upright, notes = _decode(image)
+    if frames > 1 and first:
+        notes.add(f"the first of its {frames} frames is used")
+    return np.array(upright), [f"{name}: {note}" for note in sorted(notes)]
 
-    Rotated as its EXIF data say; 16-bit greys in full range; CMYK and wide colour spaces through the colour profile
-    in the file, where there is one; alpha laid on white; the first frame of an animation. A picture of more than
-    `REDUCE_ABOVE` pixels is reduced as it is read.
+
+def read_image(path: str | Path, *, notify: Notify = _warn) -> Uint8:
+    """Reads an image file as an image viewer shows it.
+
+    The EXIF orientation is applied; 16-bit greys are scaled to 8 bits; CMYK and other colour spaces are converted to
+    sRGB by the embedded colour profile, if there is one; transparent areas are placed on white; of an animation, the
+    first frame is read. An image of more than `REDUCE_ABOVE` pixels is reduced while being read.
 
     Args:
-      path: of a picture in one of `FORMATS`.
-      notify: called with one line for each thing that was left out or changed; a Python warning by default.
+      path: path of an image in one of `FORMATS`.
+      notify: called with one line for each thing that was dropped or changed; by default, issues a Python warning.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      UserError: there is no such file, it is no picture or not a whole one, it has a side below `MIN_SIDE` or
-        more than `MAX_PIXELS` pixels.
+      UserError: the file does not exist, is not an image or is damaged, has a side below `MIN_SIDE`, or has more than
+        `MAX_PIXELS` pixels.
     """
     with _open(path) as image:
-        width, height = image.size
-        if min(width, height) < MIN_SIDE:
-            raise UserError(
-                f"{path} has only {width} x {height} pixels: give a picture of at least {MIN_SIDE} x {MIN_SIDE}"
-            )
-        # Two pictures in an MPO are two views of one photograph, no animation.
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-        upright, notes = _decode(image)
-        pixels = np.array(upright)
-    if frames > 1:
-        notes.add(f"the first of its {frames} frames is used")
-    for note in sorted(notes):
-        notify(f"{path}: {note}")
+        pixels, notes = _upright(image, path)
+    for note in notes:
+        notify(note)
     return pixels
 
 
-def content_box(shape: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
-    """Where `fit` with "letterbox" puts a picture of `shape` (rows, columns): first row, first column, rows, columns.
+def as_image(image: str | Path | Image.Image | ArrayLike, *, notify: Notify = _warn) -> Uint8:
+    """Converts anything that users may pass as an image to uint8 [H, W, 3].
 
-    `fitted[top:top + rows, left:left + columns]` is the picture without its bars.
+    Args:
+      image: one of: a path, read as by `read_image`; a PIL image of any mode, converted in the same way; or an array
+        [H, W, 3], either uint8 or floats in [-1, 1].
+      notify: called with one line for each thing that was dropped or changed; by default, issues a Python warning.
+
+    Returns:
+      uint8 [H, W, 3]; a copy.
+
+    Raises:
+      UserError: the file or PIL image cannot be read; the array has another shape or dtype, values that are not finite
+        or outside [-1, 1]; or the image has a side below `MIN_SIDE`.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image, notify=notify)
+    if isinstance(image, Image.Image):
+        with _reading("the image"):
+            _check_largest(image, "the image")
+            image.load()  # decoding it at a lower resolution would change the user's own object
+            pixels, notes = _upright(image, "the image")
+        for note in notes:
+            notify(note)
+        return pixels
+    try:
+        array: NDArray[Any] = np.asarray(image)
+    except Exception as error:  # ragged lists, and objects with conversions of their own
+        raise UserError(f"the image is a {type(image).__name__}, not {_ACCEPTED}") from error
+    if array.dtype.name == "bfloat16":
+        array = np.asarray(array, np.float32)
+    if array.dtype.kind not in "biufc" or array.ndim == 0:
+        what = f"an array of {array.dtype}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
+        raise UserError(f"the image is {what}, not {_ACCEPTED}")
+    _check_array(array)
+    if array.dtype == np.uint8:
+        return np.array(array, np.uint8, order="C")
+    if array.min() >= 0 and array.max() > 0.5:
+        notify("the image: its floats are taken as [-1, 1], but none is below 0: if 0 is black, pass 2 * image - 1")
+    return to_uint8(array)
+
+
+def _check_array(array: NDArray[Any]) -> None:
+    """Raises a UserError unless `array` is an image, uint8 or floats in [-1, 1], [H, W, 3]."""
+    shape = list(array.shape)
+    if array.size == 0:
+        raise UserError(f"the image is empty: its shape is {shape}, not [height, width, 3]")
+    if array.ndim != 3 or array.shape[-1] != 3:
+        hint = ""
+        if array.ndim == 2:
+            hint = ": repeat a grey image's values in three channels"
+        elif array.ndim == 4 and len(array) == 1:
+            hint = ": remove the batch axis"
+        elif array.ndim == 4:
+            hint = ": pass one image at a time"
+        elif array.ndim == 3 and array.shape[0] in (1, 3):
+            hint = ": move the channels to the last axis"
+        elif array.ndim == 3 and array.shape[-1] == 4:
+            hint = ": pass an image with transparency as a PIL image, or drop its fourth channel"
+        raise UserError(f"the image has shape {shape}, not [height, width, 3]{hint}")
+    _check_smallest(array.shape[1], array.shape[0], "the image")
+    if array.dtype == np.uint8:
+        return
+    if array.dtype.kind != "f":
+        raise UserError(f"the image has values of type {array.dtype}: give uint8, or floats in [-1, 1]")
+    if not np.isfinite(array).all():
+        raise UserError("the image has values that are not finite (NaN or infinity): give floats in [-1, 1]")
+    low, high = float(array.min()), float(array.max())
+    if low < -1 - _OUT_OF_RANGE or high > 1 + _OUT_OF_RANGE:
+        likely = "most likely 0 to 255: convert it to uint8" if low >= 0 else "give floats in [-1, 1], or uint8"
+        raise UserError(f"the image has floats from {low:.4g} to {high:.4g}, outside [-1, 1]; {likely}")
+
+
+def content_box(shape: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Where `fit` with "letterbox" places an image.
+
+    Args:
+      shape: (height, width) of the image.
+      height: height of the result of `fit`.
+      width: width of the result of `fit`.
+
+    Returns:
+      (top, left, rows, columns): `fitted[top : top + rows, left : left + columns]` is the image without its bars.
     """
     scale = min(height / shape[0], width / shape[1])
     rows = min(height, max(1, round(shape[0] * scale)))
@@ -297,43 +400,44 @@ def _resize(image: Image.Image, height: int, width: int, mode: Fit, filter_: Ima
 
 
 def fit(image: Uint8, height: int, width: int, mode: Fit = "stretch") -> Uint8:
-    """Brings `image` to `height` x `width` by Pillow's Lanczos filter on uint8.
-
-    "stretch" is what the authors do. "letterbox" keeps the proportions and fills up with black, in equal bars
-    (`content_box` tells where). "crop" keeps the proportions and the middle.
+    """Resizes `image` to `height` x `width` by Pillow's Lanczos filter on uint8.
 
     Args:
       image: uint8 [h, w, 3].
-      height: rows of the result.
-      width: columns of the result.
-      mode: see above.
+      height: height of the result.
+      width: width of the result.
+      mode: what to do if the aspect ratios differ: "stretch", as the authors' code does; "letterbox", keep the whole
+        image and pad it with equal black bars (see `content_box`); "crop", keep the centre of the image.
 
     Returns:
-      uint8 [H, W, 3].
+      uint8 [height, width, 3].
+
+    Raises:
+      ValueError: `image` has another shape or dtype, or `mode` is unknown.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"expected a uint8 array [H, W, 3], not {image.dtype} {list(image.shape)}")
     return np.array(_resize(Image.fromarray(image), height, width, mode, Image.Resampling.LANCZOS, 0))
 
 
-def paste_back(picture: Uint8, image: ArrayLike, mode: Fit = "stretch") -> Uint8:
-    """The reverse of `fit`: brings what was made of a fitted picture back to the picture's own size and shape.
+def paste_back(original: Uint8, image: ArrayLike, mode: Fit = "stretch") -> Uint8:
+    """Reverses `fit`: brings an image made from a fitted one back to the size and shape of the original.
 
     Args:
-      picture: the original, uint8 [h, w, 3].
-      image: uint8, or floats in [-1, 1], [H, W, 3] with the proportions of the fitted picture, of any size.
-      mode: how the picture was fitted. What "crop" left out is the picture's own.
+      original: the original image, uint8 [h, w, 3].
+      image: uint8 or floats in [-1, 1], [H, W, 3], of any size with the aspect ratio of the fitted image.
+      mode: how `original` was fitted. With "crop", what was cut off is taken from `original`.
 
     Returns:
       uint8 [h, w, 3].
     """
     array = np.asarray(image)
     made = Image.fromarray(array if array.dtype == np.uint8 else to_uint8(array))
-    height, width = picture.shape[:2]
+    height, width = original.shape[:2]
     if mode == "crop":
         scale = min(height / made.height, width / made.width)
         rows, columns = round(made.height * scale), round(made.width * scale)
-        canvas = Image.fromarray(picture)
+        canvas = Image.fromarray(original)
         where = ((width - columns) // 2, (height - rows) // 2)
         canvas.paste(made.resize((columns, rows), Image.Resampling.LANCZOS), where)
         return np.array(canvas)
@@ -346,21 +450,28 @@ def paste_back(picture: Uint8, image: ArrayLike, mode: Fit = "stretch") -> Uint8
 def fit_labels(
     labels: NDArray[np.integer], height: int, width: int, mode: Fit = "stretch", fill: int = -1
 ) -> NDArray[np.int32]:
-    """Brings a label image [h, w] to int32 [H, W] by the nearest label, placed as `fit` places a picture.
+    """Resizes a label image to the nearest labels, placed as `fit` places its image.
 
     Args:
       labels: integers [h, w].
-      height: rows of the result.
-      width: columns of the result.
+      height: height of the result.
+      width: width of the result.
       mode: as in `fit`.
       fill: label of the bars of a letterbox.
+
+    Returns:
+      int32 [height, width].
     """
     image = Image.fromarray(np.asarray(labels, np.int32))
     return np.array(_resize(image, height, width, mode, Image.Resampling.NEAREST, fill))
 
 
 def to_float(image: Uint8) -> NDArray[np.float32]:
-    """From uint8 to float32 in [-1, 1], rounded as the authors' `(x / 255 - 0.5) / 0.5` is."""
+    """Converts uint8 to float32 in [-1, 1], with the rounding of the authors' `(x / 255 - 0.5) / 0.5`.
+
+    Raises:
+      ValueError: `image` has another dtype.
+    """
     if np.asarray(image).dtype != np.uint8:
         raise ValueError(f"expected a uint8 array, not {np.asarray(image).dtype}")
     half = np.float32(0.5)
@@ -368,26 +479,26 @@ def to_float(image: Uint8) -> NDArray[np.float32]:
 
 
 def to_uint8(image: ArrayLike) -> Uint8:
-    """From floats in [-1, 1], clipped, to the nearest uint8.
+    """Converts floats in [-1, 1] to uint8: clips and rounds to the nearest level, so that it inverts `to_float`.
 
-    The authors' code cuts (x + 1) / 2 x 255 off instead, half a level darker on average; with rounding,
-    `to_uint8(to_float(x))` is `x`.
+    The authors' code truncates instead of rounding, which is half a level darker on average.
 
     Raises:
-      ValueError: a value is not a number.
+      ValueError: a value is NaN.
     """
     values = np.asarray(image, np.float32)
     if np.isnan(values).any():
-        raise ValueError("the image holds values that are not numbers")
+        raise ValueError("the image has values that are not numbers")
     return np.rint((np.clip(values, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
 
-def save_png(path: str | Path, image: ArrayLike) -> None:
-    """Writes `image`, uint8 or floats in [-1, 1], [H, W, 3] or [H, W], to `path` as a PNG, whole.
+def to_pil(image: ArrayLike) -> Image.Image:
+    """Converts an image, uint8 or floats in [-1, 1], [H, W, 3] or [H, W], to a PIL image.
+
+    Floats outside [-1, 1] are clipped.
 
     Raises:
-      UserError: as `files.whole_file`.
-      ValueError: the array has another shape or dtype.
+      ValueError: `image` has another shape or dtype, or contains NaNs.
     """
     array = np.asarray(image)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3):
@@ -396,13 +507,31 @@ def save_png(path: str | Path, image: ArrayLike) -> None:
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"expected uint8, or floats in [-1, 1], not {array.dtype}")
         array = to_uint8(array)
+    return Image.fromarray(array)
+
+
+def save_png(path: str | Path, image: ArrayLike) -> None:
+    """Writes an image as a PNG file, completely or not at all.
+
+    Args:
+      path: path of the file; an existing file is replaced.
+      image: uint8 or floats in [-1, 1], [H, W, 3] or [H, W].
+
+    Raises:
+      UserError: the file cannot be written; see `files.whole_file`.
+      ValueError: `image` has another shape or dtype.
+    """
+    made = to_pil(image)
     with files.whole_file(path) as file:
-        Image.fromarray(array).save(file, "PNG")
+        made.save(file, "PNG")
 
 
 def label_colours(count: int) -> Uint8:
-    """Colours [count, 3] for labels: easy to tell apart, of about one lightness, the same for the same label."""
-    # Steps of the golden angle never come back to a hue; three rings tell neighbours on the circle apart.
+    """Colours for labels 0 to `count` - 1, easy to tell apart and of similar lightness; uint8 [count, 3].
+
+    A label's colour does not depend on `count`.
+    """
+    # Steps of the golden angle never repeat a hue; three lightnesses separate neighbouring hues.
     turns = (np.arange(count) * 0.6180339887 + 0.58) % 1 * 2 * np.pi
     ring = np.arange(count) % 3
     lightness = np.array([0.70, 0.80, 0.60])[ring]
@@ -411,9 +540,9 @@ def label_colours(count: int) -> Uint8:
 
 
 def oklch_to_srgb(colours: ArrayLike) -> Uint8:
-    """From Oklch (lightness 0 to 1, chroma, hue in radians) [..., 3] to sRGB, clipped to its gamut.
+    """Converts colours [..., 3] from Oklch (lightness 0 to 1, chroma, hue in radians) to sRGB, clipped to its gamut.
 
-    Oklab: Björn Ottosson, "A perceptual color space for image processing", 2020.
+    Björn Ottosson, "A perceptual color space for image processing", 2020.
     """
     lightness, chroma, hue = np.moveaxis(np.asarray(colours, np.float64), -1, 0)
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
@@ -438,13 +567,17 @@ def oklch_to_srgb(colours: ArrayLike) -> Uint8:
 
 
 def save_segments(path: str | Path, labels: NDArray[np.integer]) -> None:
-    """Writes a label image [H, W] as a PNG in colours whose palette indices are the labels, whole.
+    """Writes a label image as a PNG file with a palette, completely or not at all.
 
-    A person sees the segments; `read_segments` reads the labels back.
+    The palette's indices are the labels, which `read_segments` reads back; image viewers show a colour per label.
+
+    Args:
+      path: path of the file; an existing file is replaced.
+      labels: integers [H, W], 0 to 255.
 
     Raises:
-      UserError: as `files.whole_file`.
-      ValueError: a label is below 0 or above 255.
+      UserError: the file cannot be written; see `files.whole_file`.
+      ValueError: `labels` has another shape, or values below 0 or above 255.
     """
     array = np.asarray(labels)
     if array.ndim != 2 or array.min() < 0 or array.max() > 255:
@@ -456,7 +589,7 @@ def save_segments(path: str | Path, labels: NDArray[np.integer]) -> None:
 
 
 def _labels_of(image: Image.Image) -> NDArray[np.int32] | None:
-    """The labels [H, W] that the picture's values mean, or None: colours are numbered in ascending order."""
+    """The labels [H, W] of an image's values or, numbered in ascending order, of its colours; None for other images."""
     values = np.asarray(image)
     if image.mode == "F":
         return None
@@ -472,21 +605,21 @@ def _labels_of(image: Image.Image) -> NDArray[np.int32] | None:
 def read_segments(
     path: str | Path, height: int, width: int, image_size: tuple[int, int], mode: Fit = "stretch", fill: int = -1
 ) -> NDArray[np.int32]:
-    """Reads a segment file: one label, or one flat colour, for each segment.
+    """Reads a segment file, in which each segment has one label or one flat colour.
 
-    Values of grey and palette files are the labels themselves; colours are numbered from 0 in ascending order of
-    red, then green, then blue.
+    Values of grey and palette files are the labels; colours are numbered from 0 in ascending order of red, then green,
+    then blue.
 
     Args:
-      path: of the file, of the same size as the picture that it belongs to.
-      height: rows of the result, the working size.
-      width: columns of the result.
-      image_size: (height, width) of the picture as its file has it, as `image_size` gives it.
-      mode: as `fit` placed the picture.
+      path: path of the file, which has the size of the image that it belongs to.
+      height: height of the result.
+      width: width of the result.
+      image_size: (height, width) of the image, as `image_size` returns it.
+      mode: how the image was fitted; see `fit`.
       fill: label of the bars of a letterbox.
 
     Returns:
-      int32 [H, W].
+      int32 [height, width].
 
     Raises:
       UserError: the file cannot be read, has another size, or is a photograph rather than labels.
@@ -496,13 +629,13 @@ def read_segments(
         columns, rows = image.size[::-1] if lying else image.size
         if (rows, columns) != tuple(image_size):
             raise UserError(
-                f"{path} has {columns} x {rows} pixels but the picture has {image_size[1]} x {image_size[0]}: "
-                "give a segment file of the picture's own size"
+                f"{path} has {columns} x {rows} pixels but the image has {image_size[1]} x {image_size[0]}: "
+                "give a segment file of the image's own size"
             )
         image.load()
         turn = _orientation(image)
         upright = image if turn is None else image.transpose(turn)
-        # Bars are added to labels, not to colours: black may be one of the colours.
+        # Bars are added to the labels: black bars could match one of the colours.
         top, left, rows, columns = (0, 0, height, width)
         if mode == "letterbox":
             top, left, rows, columns = content_box(image_size, height, width)
@@ -510,7 +643,7 @@ def read_segments(
         labels = _labels_of(_resize(upright, rows, columns, placing, Image.Resampling.NEAREST, None))
     if labels is None or _is_photograph(labels):
         raise UserError(
-            f"{path} looks like a photograph, or has soft edges as JPEGs have: give a PNG with one label "
+            f"{path} looks like a photograph, or has blurred edges as in a JPEG: give a PNG with one label "
             f"or one flat colour for each segment, at most {MAX_LABELS}"
         )
     framed = np.full((height, width), fill, np.int32)
@@ -519,9 +652,33 @@ def read_segments(
 
 
 def _is_photograph(labels: NDArray[np.int32]) -> bool:
-    """Whether labels are too many, or so many and so scattered that no one can have meant segments."""
+    """Whether there are too many labels, or so many and so scattered that they cannot be segments."""
     count = len(np.unique(labels))
     if count > MAX_LABELS:
         return True
     edges = np.mean(labels[:, 1:] != labels[:, :-1]) if labels.shape[1] > 1 else 0.0
     return count > _PHOTOGRAPH_LABELS and bool(edges > _PHOTOGRAPH_EDGES)
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Suffixes of the files in a directory that are taken for images."""
+
+
+def list_images(directory: Path) -> list[Path]:
+    """The images of a directory, sorted; label images, NAME_segments.png, are not among them.
+
+    Raises:
+      UserError: there are none, or two names differ only in their suffixes, which the names of results lack.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: it must be a directory of images")
+    found = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = [path for path in found if not path.stem.endswith("_segments")]
+    if not found:
+        raise UserError(f"{directory} holds no images ({', '.join(SUFFIXES)})")
+    seen: dict[str, Path] = {}
+    for path in found:
+        if path.stem in seen:
+            raise UserError(f"{seen[path.stem]} and {path.name} would have the same results: rename one")
+        seen[path.stem] = path
+    return found

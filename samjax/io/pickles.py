@@ -1,13 +1,13 @@
-"""Reading pickles from outside without running anything in them.
+"""Reading untrusted pickles without executing anything in them.
 
-A pickle is a program: it names functions and classes and calls them. `load` is an interpreter of that program which
-can make only plain values by itself, and which resolves names only in its caller's allow list, to the harmless
-stand-ins given there. Any other name ends the read.
+A pickle is a program: it names functions and classes and calls them. `load` interprets this program. It creates plain
+values only, and resolves names in the caller's allow list only, to the harmless stand-ins given there. Any other name
+is an error.
 
-It is an interpreter of its own, rather than a subclass of `pickle.Unpickler`, for three things that the standard one
-cannot do: large byte strings stay views of the file (a checkpoint's arrays are never copied, those never asked for
-never read); attributes of objects cannot be set, nor can anything be called that is not on the list; and a file made
-to exhaust the machine (deep keys, endless opcodes, sizes beyond the file) ends with a message.
+It does not use `pickle.Unpickler`, which cannot do three things: keep large byte strings as views of the file, so that
+the arrays of a checkpoint are not copied and those that are not needed not read; forbid setting attributes of objects,
+and calling anything that is not on the list; and stop with an error at a file that exhausts the machine (deeply nested
+keys, endless opcodes, sizes beyond the file).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from samjax.errors import UserError
 Allowed = Mapping[tuple[str, str], Callable[..., Any]]
 
 MAX_OPCODES = 5_000_000
-"""Far more than any checkpoint has; what a file can make a reader allocate stays in proportion."""
+"""Far more than any checkpoint has; the limit bounds the memory that a file can allocate."""
 
 _PLAIN_KEYS = (str, bytes, int, float, type(None))
 _MARK = object()
 
 
 class Source(Protocol):
-    """What `load` reads from: a file opened in binary mode, or anything with these two methods.
+    """The input of `load`: a file opened in binary mode, or anything with these two methods.
 
-    `read` may return a memoryview; byte strings of the pickle are then handed on as such.
+    `read` may return a memoryview, as which byte strings of the pickle are then returned.
     """
 
     def read(self, size: int, /) -> bytes | memoryview: ...
@@ -40,7 +40,7 @@ class Source(Protocol):
 
 
 class _Malformed(Exception):
-    """The bytes are not a pickle, or one that no checkpoint needs."""
+    """The bytes are not a pickle, or a pickle with features that no checkpoint uses."""
 
 
 class _Machine:
@@ -90,7 +90,7 @@ class _Machine:
         return str(self.read(self.number(form)), "utf-8", "surrogatepass")
 
     def old_string(self, data: bytes | memoryview) -> str | bytes:
-        """A string of Python 2, which may have been text or data."""
+        """A string of Python 2, which may be text or data."""
         return bytes(data) if self.encoding == "bytes" else str(data, self.encoding)
 
     # The stack.
@@ -114,7 +114,7 @@ class _Machine:
     def memoize(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
-    # What builds values.
+    # Values.
 
     def find(self, module: Any, name: Any) -> Any:
         try:
@@ -126,7 +126,7 @@ class _Machine:
             ) from None
 
     def call(self, function: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
-        # The stack can hold only what the stand-ins made; still, nothing but the stand-ins themselves is called.
+        # Only the stand-ins themselves are called, even though only they could have put callables on the stack.
         if id(function) not in self.callables or not isinstance(args, tuple):
             raise _Malformed("a call of something that is not on the allow list")
         return function(*args, **(kwargs or {}))
@@ -139,8 +139,8 @@ class _Machine:
     def build(self) -> None:
         state, value = self.stack.pop(), self.stack[-1]
         if isinstance(value, dict):
-            return  # attributes of a dictionary, such as the versions that torch hangs on state dicts
-        # Only what a stand-in's class defines; attributes are never set from outside.
+            return  # attributes of a dictionary, such as the `_metadata` of torch's state dicts
+        # Only a method that the stand-in's class defines; attributes are never set.
         set_state = getattr(type(value), "__setstate__", None)
         if set_state is None or isinstance(value, type):
             raise _Malformed(f"state for a {type(value).__name__}")
@@ -157,10 +157,10 @@ class _Machine:
 
 
 def plain_keys(keys: list[Any]) -> list[Any]:
-    """`keys` if they are all of plain kinds; hashing a tuple nested a million deep would end the process.
+    """Checks that `keys` have plain types, and returns them; hashing a deeply nested tuple would crash the process.
 
     Raises:
-      ValueError: one is not.
+      ValueError: if one has another type.
     """
     for key in keys:
         if not isinstance(key, _PLAIN_KEYS):
@@ -169,10 +169,10 @@ def plain_keys(keys: list[Any]) -> list[Any]:
 
 
 def fill(mapping: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
-    """Sets `mapping`'s items from keys and values in turn, and returns it.
+    """Updates `mapping` with alternating keys and values, and returns it.
 
     Raises:
-      ValueError: a key is not of a plain kind, or a value is missing.
+      ValueError: if a key has no plain type, or a value is missing.
     """
     mapping.update(zip(plain_keys(values[0::2]), values[1::2], strict=True))
     return mapping
@@ -260,7 +260,7 @@ def _set_item(machine: _Machine) -> None:
 
 
 _OPERATIONS: Mapping[bytes, Callable[[_Machine], Any]] = {
-    b"\x80": lambda m: m.number("B"),  # the protocol; the opcodes speak for themselves
+    b"\x80": lambda m: m.number("B"),  # the protocol, which the opcodes tell too
     b"\x95": lambda m: m.number("Q"),  # a frame: a hint for buffering
     b"(": lambda m: m.push(_MARK),
     b"0": lambda m: m.stack.pop(),
@@ -336,20 +336,20 @@ def load(
     persistent_load: Callable[[Any], Any] | None = None,
     encoding: str = "ASCII",
 ) -> Any:
-    """Reads one pickled object from `file`, which is left just behind it.
+    """Reads one pickled object from `file`, whose position is then right after the object.
 
     Args:
       file: open for reading in binary mode; see `Source`.
-      allowed: (module, name) to what stands in for it; it is called with whatever arguments the file gives. State
-        goes to the `__setstate__` of the stand-in's class.
+      allowed: (module, name) to the stand-in, which is called with any arguments that the file has. State is passed to
+        the `__setstate__` of the stand-in's class.
       persistent_load: as in `pickle.Unpickler`.
       encoding: of Python 2 strings; "latin1" for old NumPy arrays.
 
     Returns:
-      The object. Keys of dictionaries and members of sets are of plain kinds only.
+      The object. Keys of dictionaries and members of sets have plain types only.
 
     Raises:
-      UserError: the file names something else, is no pickle, or ends early.
+      UserError: if the file names something else, is not a pickle, or ends early.
     """
     try:
         return _Machine(file, allowed, persistent_load, encoding).run()

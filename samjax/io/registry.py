@@ -1,7 +1,8 @@
-"""The files of the official categories: what they are, where they lie, and the one way in which samjax downloads.
+"""The files of the official categories: their sources, where they are kept, and downloads.
 
-Files go to a cache, `cache_folder()`: `downloads/` as they are distributed, with the hashes seen at first use in
-`hashes.json`. A download that breaks off goes on where it was; a file has its name only when it is whole.
+The cache, `cache_folder()`, has two parts: `downloads/` holds the files as they are distributed, with their hashes at
+the first download in `hashes.json`, and `converted/` the networks that `python -m ckpt_convert get` made of them. An
+interrupted download is resumed; a file gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _SAM_LICENCE = "Adobe Research License: non-commercial research"
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """One file that others distribute.
+    """A file that others distribute.
 
     Attributes:
-      name: under which its authors distribute it.
-      url: address; of a page rather than the file where `by_hand`.
-      megabytes: size, rounded.
-      licence: of the file, in short.
-      role: what it becomes: "generator", "encoder", "invertibility", "segmenter" or "edits".
+      name: its name.
+      url: its address; if `by_hand`, of a web page rather than the file.
+      megabytes: its size, rounded.
+      licence: its license, in short.
+      role: what it is used as: "generator", "encoder", "invertibility", "segmenter" or "edits".
       network: the network that it holds, a key of `samjax.io.checkpoints.NETWORKS`; "" for edits.
-      sha256: of its contents, where its authors state it; elsewhere the first download's counts.
-      by_hand: whether its host gives it to browsers only.
+      sha256: its hash, if its authors state one; otherwise the hash of the first download counts.
+      by_hand: whether it can be downloaded with a browser only.
     """
 
     name: str
@@ -54,6 +55,7 @@ class WeightFile:
 
     @property
     def size(self) -> str:
+        """The size for people, such as "357 MB"."""
         return f"{self.megabytes:.0f} MB" if self.megabytes >= 1 else f"{1000 * self.megabytes:.0f} kB"
 
 
@@ -132,7 +134,7 @@ CATEGORY_FILES: Mapping[str, tuple[WeightFile, ...]] = {
 
 
 def cache_folder() -> Path:
-    """Where downloads and conversions are kept: SAMJAX_CACHE, or the system's folder for caches."""
+    """The directory of downloads and converted networks: SAMJAX_CACHE, or `samjax` in the user's cache directory."""
     if given := os.environ.get("SAMJAX_CACHE"):
         return Path(given)
     import pooch
@@ -141,8 +143,16 @@ def cache_folder() -> Path:
 
 
 def find(file: WeightFile, category: str, folders: Sequence[Path]) -> Path | None:
-    """`file` in the first of `folders` that has it, there or in its `ckpt/` or `edits/CATEGORY/`, as the authors'
-    checkout has them."""
+    """Finds a file in the first of several directories that has it.
+
+    Args:
+      file: from `CATEGORY_FILES`.
+      category: the category it belongs to.
+      folders: where to look, also in their `ckpt/`, `CATEGORY/` and `edits/CATEGORY/`, as in the authors' repository.
+
+    Returns:
+      Its path, or None.
+    """
     inside = ("edits/" + category, category) if file.role == "edits" else ("", "ckpt")
     for folder in folders:
         for part in inside:
@@ -151,17 +161,72 @@ def find(file: WeightFile, category: str, folders: Sequence[Path]) -> Path | Non
     return None
 
 
+def find_edits(category: str, weights: Path | None = None, cache: Path | None = None) -> Path | None:
+    """Finds the directory with a category's directions.
+
+    Args:
+      category: a key of `CATEGORY_FILES`.
+      weights: a directory with files under their authors' names, which is searched first.
+      cache: default: `cache_folder()`.
+
+    Returns:
+      The directory that holds the first of the category's directions that is found, or None.
+    """
+    folders = [*([weights] if weights else []), (cache or cache_folder()) / "downloads"]
+    edits = (file for file in CATEGORY_FILES[category] if file.role == "edits")
+    found = (find(file, category, folders) for file in edits)
+    return next((path.parent for path in found if path is not None), None)
+
+
+def converted(category: str, role: str, cache: Path | None = None) -> Path:
+    """The directory where a category's converted network is kept, whether it exists or not.
+
+    Args:
+      category: a key of `CATEGORY_FILES`.
+      role: "generator", "encoder", "invertibility" or "segmenter".
+      cache: default: `cache_folder()`.
+    """
+    (network,) = {file.network for file in CATEGORY_FILES[category] if file.role == role}
+    # Categories may share a segmenter, so it is kept under its own name.
+    name = network if role == "segmenter" else f"{category}_{role}"
+    return (cache or cache_folder()) / "converted" / name
+
+
+def find_converted(category: str, role: str, cache: Path | None = None) -> Path:
+    """Finds a category's converted network.
+
+    Args:
+      category: a key of `CATEGORY_FILES`.
+      role: "generator", "encoder", "invertibility" or "segmenter".
+      cache: default: `cache_folder()`.
+
+    Returns:
+      Its directory; see `samjax.io.checkpoints.load_network`.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    from samjax.io import checkpoints
+
+    path = converted(category, role, cache)
+    if checkpoints.network_at(path) is None:
+        raise UserError(
+            f"the {role} of the category {category} is not there: fetch it with `python -m ckpt_convert get {category}`"
+        )
+    return path
+
+
 def missing(category: str, absent: Sequence[WeightFile], reasons: Sequence[str] = ()) -> UserError:
-    """What to do about files that are not there: each with its address and where to put it."""
+    """The error for files that cannot be found; it lists where to get each and where to put it."""
     details = []
     for file in absent:
-        by_hand = "; with a browser, its host gives it to nothing else" if file.by_hand else ""
+        by_hand = "; with a browser: its host refuses other programs" if file.by_hand else ""
         where = f"edits/{category}/" if file.role == "edits" else ""
         details.append(f"DIR/{where}{file.name} from {file.url} ({file.size}; {file.licence}{by_hand})")
     count = "a file" if len(absent) == 1 else f"{len(absent)} files"
     return UserError(
         f"{count} of the category {category} cannot be found: fetch all with `python -m ckpt_convert get {category}`,"
-        " or put them into a folder DIR and give --weights DIR:",
+        " or put them into a directory DIR and give --weights DIR:",
         [*details, *reasons],
     )
 
@@ -169,15 +234,15 @@ def missing(category: str, absent: Sequence[WeightFile], reasons: Sequence[str] 
 # --- downloads ---
 
 NO_CONNECTION = "no connection"
-"""How the reason ends where a host cannot be reached at all."""
+"""The end of the message if a host cannot be reached at all."""
 
 
-class _BrokenOff(OSError):
+class _IncompleteDownload(OSError):
     """A download that ended early."""
 
 
 class _Resuming:
-    """A downloader for pooch that goes on with what an earlier, broken attempt left in `part`."""
+    """A downloader for pooch that resumes an interrupted download, whose bytes are in `part`."""
 
     def __init__(self, part: Path, label: str, progress: bool) -> None:
         self.part, self.label, self.progress = part, label, progress
@@ -186,11 +251,11 @@ class _Resuming:
         import requests
         from tqdm import tqdm
 
-        state = self.part.with_suffix(".state")  # what the part is a part of
+        state = self.part.with_suffix(".state")  # the ETag or date of the file
         have = self.part.stat().st_size if self.part.exists() and state.exists() else 0
         headers = {"Range": f"bytes={have}-", "If-Range": state.read_text()} if have else {}
         with requests.get(url, headers=headers, stream=True, timeout=60) as response:
-            if response.status_code == 416:  # it was complete, or it changed: from the start
+            if response.status_code == 416:  # the part was complete, or the file has changed: start again
                 have = 0
                 response.close()
                 response = requests.get(url, stream=True, timeout=60)
@@ -200,7 +265,7 @@ class _Resuming:
                 raise UserError(f"{url} gave a web page instead of the file")
             state.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
             if not state.read_text():
-                state.unlink()  # nothing to tell by whether the file stayed the same: not resumed
+                state.unlink()  # without it a changed file could not be told: not resumed
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None
             with (
@@ -215,7 +280,9 @@ class _Resuming:
                     bar.update(len(chunk))
         size = self.part.stat().st_size
         if size != total and total is not None:
-            raise _BrokenOff(f"only {size:,} of {total:,} bytes came; they are kept, and the same command goes on")
+            raise _IncompleteDownload(
+                f"only {size:,} of {total:,} bytes arrived; they are kept, and the same command resumes"
+            )
         os.replace(self.part, output_file)
         state.unlink(missing_ok=True)
 
@@ -233,21 +300,21 @@ def _read_hashes(path: Path) -> dict[str, str]:
 
 
 def download(file: WeightFile, category: str, cache: Path, *, progress: bool = True) -> Path:
-    """`file` in the cache, downloaded if it is not there.
+    """Downloads a file into the cache, unless it is there.
 
-    Its hash must be the stated one; where none is stated, the one seen at its first download.
+    Its hash must be the stated one, or if none is stated, the one of its first download.
 
     Args:
       file: from `CATEGORY_FILES`.
-      category: whose; keeps edits of the same name apart.
+      category: the category it belongs to; edits of different categories may have the same name.
       cache: see `cache_folder`.
-      progress: whether to draw a bar.
+      progress: whether to show a progress bar.
 
     Returns:
       Its path.
 
     Raises:
-      UserError: its host cannot be reached or lacks it, gives something else than before, or the disk refuses.
+      UserError: if its host cannot be reached or lacks it, its hash has changed, or it cannot be written.
     """
     folder = cache / "downloads" / (f"edits/{category}" if file.role == "edits" else "")
     path, record = folder / file.name, cache / "downloads" / "hashes.json"
@@ -255,7 +322,7 @@ def download(file: WeightFile, category: str, cache: Path, *, progress: bool = T
     if path.is_file():
         return path
     if file.by_hand:
-        raise UserError(f"{file.name} comes from {file.url} by browser only: save it as {path}")
+        raise UserError(f"{file.name} can be downloaded from {file.url} with a browser only: save it as {path}")
     hashes = _read_hashes(record)
     expected = file.sha256 or hashes.get(key)
     import pooch
@@ -271,7 +338,7 @@ def download(file: WeightFile, category: str, cache: Path, *, progress: bool = T
     except ValueError as error:
         raise UserError(
             f"{file.url} is not the file that it was (its sha256 should be {expected}): nothing was kept; if the change"
-            f" is meant, delete {key} from {record}"
+            f" is intended, delete {key} from {record}"
         ) from error
     except (requests.RequestException, OSError) as error:
         raise UserError(f"{file.url} cannot be fetched: {_reason(error)}") from error

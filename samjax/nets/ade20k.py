@@ -1,10 +1,12 @@
 """Semantic segmentation into ADE20K's 150 classes (Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017).
 
 The network "ade20k-resnet50dilated-ppm_deepsup" of CSAIL's `semantic-segmentation-pytorch`, with the same numbers: a
-ResNet-50 whose last stages are dilated instead of strided, so that it ends at 1/8 of the size, and pyramid pooling
-(Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017). Its deep supervision serves training only and is left out.
+ResNet-50 whose last two stages are dilated instead of strided, so that it ends at 1/8 of the size, and pyramid pooling
+(Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017). The branch for deep supervision, which only training needs,
+is left out.
 
-Arrays are NHWC and float32; images lie in [-1, 1]. Convolutions follow JAX's own precision: see `samjax.nets.lpips`.
+Arrays are NHWC and float32; images lie in [-1, 1]. Convolutions follow JAX's precision setting; see
+`samjax.nets.lpips`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from jax import Array
 
 from samjax.nets.blocks import Bottleneck, Variables, batch_norm, conv, imagenet, max_pool, resize_bilinear
 
-# Of each stage: the stride of its first block, the dilation of that block, and the dilation of the others. The last
-# two had stride 2 each before it was traded for dilation, which counts for what comes after the strided convolution.
+# Of each stage: stride of its first block, dilation of that block, dilation of the other blocks. In the last two stages
+# dilation replaces a stride of 2; it applies to the convolutions after the one that had the stride.
 _STAGES = ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4))
 _POOL_SCALES = (1, 2, 3, 6)
 
@@ -30,9 +32,9 @@ class ADE20KConfig:
     """Sizes of the network; the defaults are those of the published weights.
 
     Attributes:
-      num_classes: labels are 0 to `num_classes` - 1.
-      features: of the stem; all widths are multiples of it.
-      blocks: residual blocks of the four stages.
+      num_classes: labels are 0 to num_classes - 1.
+      features: channels of the stem; all widths are multiples of it.
+      blocks: residual blocks in each of the four stages.
     """
 
     num_classes: int = 150
@@ -54,7 +56,7 @@ class ADE20KConfig:
 def _bins(size: int, count: int) -> np.ndarray:
     """Weights [count, size] of the means over `count` equal parts of an axis.
 
-    Parts reach outwards to whole entries, so they overlap where `count` does not divide `size`.
+    Parts are extended to whole entries, so they overlap where `count` does not divide `size`.
     """
     weights = np.zeros((count, size), np.float32)
     for i in range(count):
@@ -64,16 +66,16 @@ def _bins(size: int, count: int) -> np.ndarray:
 
 
 def adaptive_mean(x: Array, count: int) -> Array:
-    """Means over `count` by `count` parts (PyTorch's `adaptive_avg_pool2d`); [N, H, W, C] to [N, count, count, C]."""
+    """Means over `count` x `count` parts (PyTorch's `adaptive_avg_pool2d`); [N, H, W, C] to [N, count, count, C]."""
     rows, columns = (jnp.asarray(_bins(size, count)) for size in x.shape[1:3])
     return jnp.einsum("yh,nhwc,xw->nyxc", rows, x, columns)
 
 
-# --- network ---
+# --- blocks ---
 
 
 class Encoder(nn.Module):
-    """ResNet of bottlenecks with a stem of three convolutions; [N, H, W, 3] to [N, H / 8, W / 8, 32 * features]."""
+    """Bottleneck ResNet with a stem of three convolutions; [N, H, W, 3] to [N, H / 8, W / 8, 32 * features]."""
 
     config: ADE20KConfig
     train: bool = False
@@ -99,7 +101,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Pyramid pooling: means over parts of the picture beside every pixel, then logits, [N, h, w, num_classes]."""
+    """Pyramid pooling: adds the means over parts of the image to every pixel; logits [N, h, w, num_classes]."""
 
     config: ADE20KConfig
     train: bool = False
@@ -118,8 +120,11 @@ class Decoder(nn.Module):
         return conv(self.config.num_classes, 1, bias=True, name="classifier")(y)
 
 
+# --- network ---
+
+
 class ADE20K(nn.Module):
-    """Encoder and decoder: normalised images [N, H, W, 3] to logits at about 1/8 of the size."""
+    """Encoder and decoder: normalized images [N, H, W, 3] to logits at about 1/8 of the size."""
 
     config: ADE20KConfig
     train: bool = False
@@ -134,7 +139,7 @@ class ADE20K(nn.Module):
 
 
 def init(config: ADE20KConfig, *, key: Array) -> Variables:
-    """Random variables, {"params": …, "batch_stats": …}; `jax.eval_shape` of it is the tree that converters fill."""
+    """Random variables {"params": …, "batch_stats": …}; their `jax.eval_shape` is the tree that converters fill."""
     return ADE20K(config).init(key, jnp.zeros((1, 8, 8, 3), jnp.float32))
 
 
@@ -146,23 +151,23 @@ def _logits(variables: Variables, images: Array, config: ADE20KConfig, size: tup
 def probabilities(
     variables: Variables, images: Array, config: ADE20KConfig, size: tuple[int, int] | None = None
 ) -> Array:
-    """How probable each class is at each pixel.
+    """Probability of each class at every pixel.
 
     Args:
-      variables: as `init` describes them.
+      variables: as returned by `init` or converted from a checkpoint.
       images: [N, h, w, 3] in [-1, 1], of any size.
-      config: the network's.
-      size: (H, W) of the result; that of the images if None. Logits are resized, before the softmax.
+      config: sizes of the network.
+      size: (H, W) of the result, to which the logits are resized; default: that of the images.
 
     Returns:
-      [N, H, W, num_classes], summing to 1 over the classes.
+      [N, H, W, num_classes], which sum to 1 over the classes.
 
     Raises:
-      ValueError: images of another shape or kind.
+      ValueError: If images have another shape or type.
     """
     return nn.softmax(_logits(variables, images, config, size))
 
 
 def labels(variables: Variables, images: Array, config: ADE20KConfig, size: tuple[int, int] | None = None) -> Array:
-    """The most probable class at each pixel, [N, H, W] int32; arguments and errors as of `probabilities`."""
+    """The most probable class at every pixel, int32 [N, H, W]; arguments and errors as of `probabilities`."""
     return jnp.argmax(_logits(variables, images, config, size), axis=-1).astype(jnp.int32)

@@ -1,11 +1,12 @@
 """Face parsing: BiSeNet (Yu et al., "BiSeNet: Bilateral Segmentation Network for Real-Time Semantic Segmentation",
-ECCV 2018) as `zllrunning/face-parsing.PyTorch` has it, with the same numbers.
+ECCV 2018) as in `zllrunning/face-parsing.PyTorch`, with the same numbers.
 
-A ResNet-18, whose outputs at 1/8, 1/16 and 1/32 of the size are refined by channel attention and added up from coarse
-to fine (the context path). There is no spatial path of its own: the ResNet's output at 1/8 stands for it in the
-fusion. The heads at 1/8 and 1/16, which serve training only, are left out.
+Channel attention refines the outputs of a ResNet-18 at 1/16 and 1/32 of the size, which are added from coarse to fine
+(the context path). In place of a separate spatial path, the output of the ResNet at 1/8 enters the fusion. The
+auxiliary heads at 1/8 and 1/16, which only training needs, are left out.
 
-Arrays are NHWC and float32; images lie in [-1, 1]. Convolutions follow JAX's own precision: see `samjax.nets.lpips`.
+Arrays are NHWC and float32; images lie in [-1, 1]. Convolutions follow JAX's precision setting; see
+`samjax.nets.lpips`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class BiSeNetConfig:
     """Sizes of the network; the defaults are those of the published face parser.
 
     Attributes:
-      num_classes: labels are 0 to `num_classes` - 1.
-      features: of the ResNet's first stage; all widths are multiples of it.
+      num_classes: labels are 0 to num_classes - 1.
+      features: channels of the first stage of the ResNet; all widths are multiples of it.
     """
 
     num_classes: int = 19
@@ -43,25 +44,25 @@ class BiSeNetConfig:
 
 
 def double(x: Array, size: tuple[int, int]) -> Array:
-    """Every pixel twice along both axes, then cut to `size`; [N, (H + 1) // 2, (W + 1) // 2, C] to [N, H, W, C].
+    """Repeats every pixel along both axes and crops to `size`; [N, (H + 1) // 2, (W + 1) // 2, C] to [N, H, W, C].
 
-    PyTorch's "nearest" takes pixel i * ((H + 1) // 2) // H for row i, which is i // 2 for odd H as well as for even.
+    PyTorch's "nearest" takes row i * ((H + 1) // 2) // H of the input for row i, which is i // 2 for even and odd H.
     """
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
 
 
 def image_mean(x: Array) -> Array:
-    """Each channel's mean over all pixels; [N, H, W, C] to [N, 1, 1, C]."""
+    """Mean of each channel over all pixels; [N, H, W, C] to [N, 1, 1, C]."""
     return jnp.mean(x, axis=(1, 2), keepdims=True)
 
 
-# --- network ---
+# --- blocks ---
 
 
 class BasicBlock(nn.Module):
-    """Residual block of two 3x3 convolutions of ResNet-18 and -34 (He et al., CVPR 2016, figure 5 left).
+    """Residual block of ResNet-18 and ResNet-34: two 3x3 convolutions (He et al., CVPR 2016, figure 5 left).
 
-    The shortcut is a convolution too where the block changes the size or the number of channels.
+    The shortcut is a convolution where the block changes the size or the number of channels.
     """
 
     features: int
@@ -79,7 +80,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 without its classifier; its outputs at 1/8, 1/16 and 1/32 of the size."""
+    """ResNet-18 without its classifier; the outputs at 1/8, 1/16 and 1/32 of the size."""
 
     features: int
     train: bool = False
@@ -98,7 +99,7 @@ class ResNet18(nn.Module):
 
 
 class ConvBatchNorm(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """Convolution, batch normalization, ReLU."""
 
     features: int
     kernel: int = 3
@@ -111,7 +112,7 @@ class ConvBatchNorm(nn.Module):
 
 
 class AttentionRefinement(nn.Module):
-    """A convolution whose channels are weighted by what the whole picture holds."""
+    """Convolution whose output channels are scaled by factors computed from their means over the image."""
 
     features: int
     train: bool = False
@@ -125,7 +126,7 @@ class AttentionRefinement(nn.Module):
 
 
 class ContextPath(nn.Module):
-    """The ResNet's output at 1/8 of the size, and what is seen at that and all coarser sizes together, there too."""
+    """The output of the ResNet at 1/8 of the size, and the context of all coarser outputs, also at 1/8."""
 
     features: int
     train: bool = False
@@ -144,7 +145,7 @@ class ContextPath(nn.Module):
 
 
 class FeatureFusion(nn.Module):
-    """Joins two paths by a 1x1 convolution and strengthens channels by what the whole picture holds."""
+    """Joins two paths by a 1x1 convolution, then amplifies channels by factors computed from their means."""
 
     features: int
     train: bool = False
@@ -169,8 +170,11 @@ class Output(nn.Module):
         return conv(self.num_classes, 1, name="conv_out")(x)
 
 
+# --- network ---
+
+
 class BiSeNet(nn.Module):
-    """Normalised images [N, H, W, 3] to logits at about 1/8 of the size."""
+    """Normalized images [N, H, W, 3] to logits at about 1/8 of the size."""
 
     config: BiSeNetConfig
     train: bool = False
@@ -187,28 +191,29 @@ class BiSeNet(nn.Module):
 
 
 def init(config: BiSeNetConfig, *, key: Array) -> Variables:
-    """Random variables, {"params": …, "batch_stats": …}; `jax.eval_shape` of it is the tree that converters fill."""
+    """Random variables {"params": …, "batch_stats": …}; their `jax.eval_shape` is the tree that converters fill."""
     return BiSeNet(config).init(key, jnp.zeros((1, 32, 32, 3), jnp.float32))
 
 
 def logits(variables: Variables, images: Array, config: BiSeNetConfig) -> Array:
-    """How much speaks for each class at each pixel.
+    """Logits of the classes at every pixel.
 
     Args:
-      variables: as `init` describes them.
-      images: [N, H, W, 3] in [-1, 1], of any size; the published weights were trained at 448 x 448 out of 512 x 512.
-      config: the network's.
+      variables: as returned by `init` or converted from a checkpoint.
+      images: [N, H, W, 3] in [-1, 1], of any size; the published weights were trained on crops of 448 x 448 from
+        512 x 512.
+      config: sizes of the network.
 
     Returns:
       [N, H, W, num_classes].
 
     Raises:
-      ValueError: images of another shape or kind.
+      ValueError: If images have another shape or type.
     """
     x: Array = BiSeNet(config).apply(variables, imagenet(images))  # type: ignore[assignment]
     return resize_aligned(x, (images.shape[1], images.shape[2]))
 
 
 def labels(variables: Variables, images: Array, config: BiSeNetConfig) -> Array:
-    """The likeliest class at each pixel, [N, H, W] int32; arguments and errors as of `logits`."""
+    """The most probable class at every pixel, int32 [N, H, W]; arguments and errors as of `logits`."""
     return jnp.argmax(logits(variables, images, config), axis=-1).astype(jnp.int32)

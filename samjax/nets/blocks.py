@@ -1,8 +1,7 @@
-"""What the recognition networks share: convolutions, normalisation and residual blocks as PyTorch has them.
+"""Layers that the networks share: convolution, normalization, resizing and residual blocks as in PyTorch.
 
-Layers are Flax's own; what is here gives them PyTorch's conventions (explicit padding, momenta, epsilons) and adds
-what Flax lacks. Arrays are NHWC. Variables are {"params": …, "batch_stats": …}, the second being what training has
-seen of each channel's mean and variance.
+They are Flax layers with PyTorch's conventions (explicit padding, momenta, epsilons), and what Flax lacks. Arrays are
+NHWC. Variables are {"params": …, "batch_stats": …}; "batch_stats" holds running means and variances of channels.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from jax import Array
 Variables = Mapping[str, Any]
 """{"params": {...}, "batch_stats": {...}}, nested dictionaries of float32 arrays."""
 
-# ImageNet's channel means and deviations, for images in [-1, 1] instead of [0, 1].
+# Channel means and standard deviations of ImageNet, for images in [-1, 1] instead of [0, 1].
 _MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
 _STD = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 def conv(features: int, kernel: int = 3, stride: int = 1, *, dilation: int = 1, bias: bool = False,
          name: str | None = None) -> nn.Conv:  # fmt: skip
-    """A convolution padded with zeros by `dilation * (kernel // 2)`, so that stride 1 keeps the size."""
+    """Convolution with zero padding of `dilation * (kernel // 2)`, so that stride 1 keeps the size."""
     pad = dilation * (kernel // 2)
     return nn.Conv(
         features, (kernel, kernel), (stride, stride), padding=((pad, pad), (pad, pad)),
@@ -36,14 +35,14 @@ def conv(features: int, kernel: int = 3, stride: int = 1, *, dilation: int = 1, 
 
 
 batch_norm: Callable[..., nn.BatchNorm] = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
-"""Batch normalisation with PyTorch's epsilon and momentum (which PyTorch counts the other way round: 0.1)."""
+"""Batch normalization with PyTorch's epsilon and momentum (0.1 there, which is 1 - 0.9)."""
 
 
 def imagenet(images: Array) -> Array:
-    """Images in [-1, 1], [N, H, W, 3], with ImageNet's means taken off and over its deviations.
+    """Normalizes images [N, H, W, 3] in [-1, 1] by the means and standard deviations of ImageNet.
 
     Raises:
-      ValueError: images of another shape or kind.
+      ValueError: If images have another shape or type.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, 3], not {list(images.shape)}")
@@ -53,12 +52,12 @@ def imagenet(images: Array) -> Array:
 
 
 def max_pool(x: Array) -> Array:
-    """Maximum of 3x3 windows two apart, padded by one; [N, H, W, C] to [N, (H + 1) // 2, (W + 1) // 2, C]."""
+    """Maximum over 3x3 windows, stride 2, padding 1; [N, H, W, C] to [N, (H + 1) // 2, (W + 1) // 2, C]."""
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # type: ignore[arg-type]
 
 
 def _interpolation(size: int, to: int) -> np.ndarray:
-    """Weights [to, size] of linear interpolation between `size` points whose first and last stay where they are."""
+    """Weights [to, size] of linear interpolation from `size` to `to` points with fixed end points."""
     at = np.arange(to) * ((size - 1) / (to - 1)) if to > 1 else np.zeros(1)
     low = np.minimum(at.astype(int), max(size - 2, 0))
     weights = np.zeros((to, size), np.float32)
@@ -68,7 +67,7 @@ def _interpolation(size: int, to: int) -> np.ndarray:
 
 
 def resize_aligned(x: Array, size: tuple[int, int]) -> Array:
-    """Bilinear with the corner pixels on each other (PyTorch's `align_corners=True`); [N, H, W, C] to [N, *size, C]."""
+    """Resizes bilinearly with aligned corners (PyTorch's `align_corners=True`); [N, H, W, C] to [N, *size, C]."""
     if x.shape[1:3] == size:
         return x
     rows, columns = (jnp.asarray(_interpolation(x.shape[i + 1], size[i])) for i in (0, 1))
@@ -76,19 +75,20 @@ def resize_aligned(x: Array, size: tuple[int, int]) -> Array:
 
 
 def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
-    """Bilinear with pixel centres at halves and edges repeated (PyTorch's `align_corners=False`); [N, H, W, C]."""
+    """Resizes bilinearly with half-pixel centers (PyTorch's `align_corners=False`); [N, H, W, C] to [N, *size, C]."""
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
 
 
 class Bottleneck(nn.Module):
-    """Residual block 1x1, 3x3, 1x1 of ResNet-50 and deeper (He et al., CVPR 2016, figure 5 right).
+    """Residual block of ResNet-50 and deeper: 1x1, 3x3, 1x1 (He et al., CVPR 2016, figure 5 right).
 
     Attributes:
-      features: of the inner convolutions; the block puts out four times as many.
-      stride, dilation: of the 3x3 convolution, as torchvision has it.
-      project: whether the shortcut is a convolution too (the first block of a stage).
-      train: whether statistics are the batch's own, and remembered, rather than the remembered ones.
-      stride_first: gives the stride to the first 1x1 convolution, as Caffe and Detectron2 do.
+      features: channels of the inner convolutions; the output has four times as many.
+      stride: of the 3x3 convolution, as in torchvision.
+      dilation: of the 3x3 convolution.
+      project: whether the shortcut is a convolution (in the first block of a stage).
+      train: whether to normalize by the batch and update the running statistics.
+      stride_first: whether the first 1x1 convolution has the stride instead, as in Caffe and Detectron2.
     """
 
     features: int
@@ -112,6 +112,6 @@ class Bottleneck(nn.Module):
 
 
 def flax_variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Flax' collections of a network's parameters: what was trained, and under "frozen" what its `freeze` added."""
-    trained = {name: part for name, part in params.items() if name != "frozen"}
-    return {"params": trained, "frozen": params.get("frozen", {})}
+    """Flax collections from parameters: "params", and "prepacked" as added by a network's `prepack`."""
+    trained = {name: part for name, part in params.items() if name != "prepacked"}
+    return {"params": trained, "prepacked": params.get("prepacked", {})}

@@ -1,12 +1,13 @@
-"""3x3 convolutions, which are most of every step; on a CPU with fewer multiplications.
+"""3x3 convolutions, where an inversion spends most of its time; on a CPU, with fewer multiplications.
 
-A CPU convolves as fast as it multiplies, so fewer multiplications are less time. Winograd's minimal filtering F(4, r)
-(Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) gives four outputs of r taps each with
-r + 3 multiplications instead of 4 r. Here it runs over rows only, and each of its products is a convolution over
-columns: in both directions it would save more multiplications, but lose float32's last digits, and the time again in
-passes over memory. The points of evaluation were chosen for their rounding, which is close to that of the plain sum.
+The time of a CPU convolution is that of its multiplications. Winograd's minimal filtering F(4, r) (Lavin and Gray,
+"Fast Algorithms for Convolutional Neural Networks", CVPR 2016) computes four outputs of r taps with r + 3
+multiplications instead of 4 r. Here it is applied over rows only, and each of its products is a convolution over
+columns. Applying it in both directions would save more multiplications, but loses the last digits of float32 and
+spends the time saved on passes over memory. The evaluation points are chosen so that rounding stays close to that of
+the plain sum.
 
-Whoever convolves with the same kernel many times has it transformed once, by `freeze` or `freeze_up`.
+A kernel that is used many times is transformed once, by `prepack` or `prepack_up`.
 """
 
 from __future__ import annotations
@@ -15,25 +16,26 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_POINTS = {3: (0.0, 0.625, -0.625, 1.25, -1.25), 2: (0.5, -0.5, 1.25, -1.25)}  # by taps; and infinity
-_PIXELS = {"there": 2, "back": 4, "up": 4}  # for each channel, from which on it saves time
+_POINTS = {3: (0.0, 0.625, -0.625, 1.25, -1.25), 2: (0.5, -0.5, 1.25, -1.25)}  # by number of taps; infinity is implied
+_MIN_PIXELS = {"forward": 2, "backward": 4, "up": 4}  # per channel, below which minimal filtering saves no time
 
 
 class Kernel(NamedTuple):
-    """A kernel [3, 3, I, O] as the convolution uses it, and as its gradient does. It has no gradient itself.
+    """A prepacked kernel [3, 3, I, O]. Its own gradient is zero.
 
     Attributes:
-      there: [T, 3, I, O]; T is 3, or 6 for minimal filtering.
-      back: [T, 3, O, I].
+      forward: [T, 3, I, O], for the convolution; T is 3, or 6 for minimal filtering.
+      backward: [T, 3, O, I], for the gradient with respect to the input.
     """
 
-    there: Array
-    back: Array
+    forward: Array
+    backward: Array
 
 
 # --- stride 1 ---
@@ -41,51 +43,61 @@ class Kernel(NamedTuple):
 
 @jax.custom_vjp
 def conv3x3(x: Array, kernel: Array | Kernel) -> Array:
-    """Correlation with zero padding that keeps the size.
+    """3x3 convolution (cross-correlation) with zero padding that keeps the size.
 
     Args:
       x: [N, H, W, I].
-      kernel: [3, 3, I, O], or what `freeze` makes of it.
+      kernel: [3, 3, I, O], or prepacked by `prepack`.
 
     Returns:
       [N, H, W, O].
     """
+    _check(x, kernel)
     if isinstance(kernel, Kernel):
-        return _correlate(x, kernel.there)
-    return _choose(_suits(x, kernel, "there"), _minimal, direct)(x, kernel)
+        return _apply(x, kernel.forward)
+    return _choose(_saves_time(x, kernel, "forward"), _minimal, direct)(x, kernel)
 
 
-def _conv3x3_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
+def _conv3x3_backward(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
     x, kernel = saved
     if isinstance(kernel, Kernel):
-        return _correlate(y, kernel.back), jax.tree.map(jnp.zeros_like, kernel)
-    (to_kernel,) = jax.vjp(lambda w: direct(x, w), kernel)[1](y)
+        return _apply(y, kernel.backward), jax.tree.map(jnp.zeros_like, kernel)
+    (kernel_gradient,) = jax.vjp(lambda w: direct(x, w), kernel)[1](y)
     forms = (functools.partial(form, transposed=True) for form in (_minimal, direct))
-    return _choose(_suits(y, kernel, "back"), *forms)(y, kernel[::-1, ::-1]), to_kernel
+    return _choose(_saves_time(y, kernel, "backward"), *forms)(y, kernel[::-1, ::-1]), kernel_gradient
 
 
-conv3x3.defvjp(lambda x, kernel: (conv3x3(x, kernel), (x, kernel)), _conv3x3_back)
+conv3x3.defvjp(lambda x, kernel: (conv3x3(x, kernel), (x, kernel)), _conv3x3_backward)
 
 
-def freeze(weight: Array, height: int, width: int) -> Kernel:
-    """Prepares a kernel [3, 3, I, O] for `conv3x3` on images of such a size, on JAX's default device."""
+def prepack(weight: Array, height: int, width: int, *, minimal: bool | None = None) -> Kernel:
+    """Prepares a kernel for `conv3x3` on images of one size.
+
+    Args:
+      weight: [3, 3, I, O].
+      height: of the images.
+      width: of the images.
+      minimal: whether to use minimal filtering, which needs float32 and a height divisible by 4 (otherwise the
+        convolution is a plain one); default: where it saves time on JAX's default backend.
+    """
     x = jax.ShapeDtypeStruct((1, height, width, 0), weight.dtype)
-    back = weight[::-1, ::-1].swapaxes(2, 3)
-    prepare = lambda w, use: _products(w) if _on_cpu() and _suits(x, weight, use) else w  # noqa: E731
-    return Kernel(prepare(weight, "there"), prepare(back, "back"))
+    transform = lambda w, use: _products(w) if _use_minimal(x, weight, use, minimal) else w  # noqa: E731
+    backward = weight[::-1, ::-1].swapaxes(2, 3)
+    return Kernel(transform(weight, "forward"), transform(backward, "backward"))
 
 
 def direct(x: Array, weight: Array, transposed: bool = False) -> Array:
-    """`conv3x3` by the platform's own convolution; `weight` is [3, 3, O, I] if `transposed`."""
+    """`conv3x3` by XLA's own convolution; `weight` is [3, 3, I, O], or [3, 3, O, I] if `transposed`."""
     return _convolve(x, weight, "SAME", transposed)
 
 
-def _correlate(x: Array, form: Array) -> Array:
+def _apply(x: Array, form: Array) -> Array:
+    """`conv3x3` with a field of `Kernel`."""
     return direct(x, form) if form.shape[0] == 3 else _filter(x, form, False)
 
 
 def _minimal(x: Array, weight: Array, transposed: bool = False) -> Array:
-    """`direct` for a height that four divides."""
+    """`direct` by minimal filtering; the height must be divisible by 4."""
     return _filter(x, _products(weight), transposed)
 
 
@@ -99,59 +111,60 @@ def _filter(x: Array, products: Array, transposed: bool) -> Array:
 
 @jax.custom_vjp
 def up_conv3x3(x: Array, kernel: Array | Kernel) -> Array:
-    """Transposed convolution of stride 2, with a margin of zeros for the filter that follows.
+    """Transposed 3x3 convolution of stride 2, with a margin of zeros for the filter that follows.
 
-    The zeros that a stride puts between pixels are never multiplied: each of the four output phases is an ordinary
-    convolution with its share of the kernel.
+    The zeros that the stride inserts between pixels are never multiplied: each of the four output phases is an
+    ordinary convolution with its part of the kernel.
 
     Args:
       x: [N, H, W, I].
-      kernel: [3, 3, I, O], or what `freeze_up` makes of it.
+      kernel: [3, 3, I, O], or prepacked by `prepack_up`.
 
     Returns:
       [N, 2H + 4, 2W + 4, O]: pixel (t + 1, u + 1) is y[t, u] = Σ x[i, j] kernel[t - 2i, u - 2j], for t from -1 to
-      2H + 2 and u likewise; it is zero where t or u is -1 or beyond 2H or 2W.
+      2H + 2 and u from -1 to 2W + 2; it is zero where t or u is -1, t > 2H or u > 2W.
     """
+    _check(x, kernel)
     if isinstance(kernel, Kernel):
-        return (_up_direct if kernel.there.shape[0] == 3 else _up_filter)(x, kernel.there)
-    return _choose(_suits(x, kernel, "up"), lambda x, w: _up_filter(x, _up_products(w)), _up_direct)(x, kernel)
+        return (_up_direct if kernel.forward.shape[0] == 3 else _up_filter)(x, kernel.forward)
+    return _choose(_saves_time(x, kernel, "up"), lambda x, w: _up_filter(x, _up_products(w)), _up_direct)(x, kernel)
 
 
-def _up_back(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
+def _up_conv3x3_backward(saved: tuple[Array, Array | Kernel], y: Array) -> tuple[Array, Array | Kernel]:
     x, kernel = saved
     if not isinstance(kernel, Kernel):
         return jax.vjp(_up_direct, x, kernel)[1](y)
-    to_x = _down_direct if kernel.back.shape[0] == 3 else _down_filter
-    return to_x(y, kernel.back), jax.tree.map(jnp.zeros_like, kernel)
+    down = _down_direct if kernel.backward.shape[0] == 3 else _down_filter
+    return down(y, kernel.backward), jax.tree.map(jnp.zeros_like, kernel)
 
 
-up_conv3x3.defvjp(lambda x, kernel: (up_conv3x3(x, kernel), (x, kernel)), _up_back)
+up_conv3x3.defvjp(lambda x, kernel: (up_conv3x3(x, kernel), (x, kernel)), _up_conv3x3_backward)
 
 
-def freeze_up(weight: Array, height: int, width: int) -> Kernel:
-    """Prepares a kernel [3, 3, I, O] for `up_conv3x3` from images of such a size, on JAX's default device."""
+def prepack_up(weight: Array, height: int, width: int, *, minimal: bool | None = None) -> Kernel:
+    """Prepares a kernel for `up_conv3x3` on input images of one size; arguments as of `prepack`."""
     x = jax.ShapeDtypeStruct((1, height, width, 0), weight.dtype)
-    back = weight.swapaxes(2, 3)
-    if not (_suits(x, weight, "up") and _on_cpu()):
-        return Kernel(weight, back)
-    return Kernel(_up_products(weight), _down_products(back))
+    backward = weight.swapaxes(2, 3)
+    if not _use_minimal(x, weight, "up", minimal):
+        return Kernel(weight, backward)
+    return Kernel(_up_products(weight), _down_products(backward))
 
 
 def _up_columns(x: Array, kernel: Array, rows: tuple[int, int]) -> Array:
-    """Along columns all, along rows an ordinary convolution; `kernel` is [r, 3, I, O]."""
+    """`up_conv3x3` along columns, an ordinary convolution along rows, padded by `rows`; `kernel` is [r, 3, I, O]."""
     flipped = kernel[:, ::-1]
     odd, even = _convolve(x, flipped[:, 1:2], (rows, (1, 1))), _convolve(x, flipped[:, 0::2], (rows, (1, 2)))
     return interleave(odd, even, 2)
 
 
 def _up_direct(x: Array, weight: Array) -> Array:
-    # Row t sees kernel row 1 where t is odd, rows 0 and 2 where it is even.
+    # Odd output rows use row 1 of the kernel, even ones rows 0 and 2.
     flipped = weight[::-1]
     return interleave(_up_columns(x, flipped[1:2], (1, 1)), _up_columns(x, flipped[0::2], (1, 2)), 1)
 
 
 def _up_products(weight: Array) -> Array:
-    """[6, 3, I, O]: the kernel row of odd rows, and what minimal filtering takes of those of even ones."""
+    """[6, 3, I, O]: the kernel row of odd output rows, then the five products for even ones."""
     return jnp.concatenate([weight[1:2], _products(weight[::-2])])
 
 
@@ -163,14 +176,14 @@ def _up_filter(x: Array, products: Array) -> Array:
 
 
 def _parities(y: Array, axis: int) -> tuple[Array, Array]:
-    """Of what `up_conv3x3` gives, t = 2 i + 1 for each pixel i, and t = 2 i for those and one more."""
+    """Odd and even outputs y[t] of `up_conv3x3` along `axis`: t = 1, 3, …, 2H - 1 and t = 0, 2, …, 2H."""
     count = y.shape[axis] // 2 - 2
     odd = lax.slice_in_dim(y, 2, 2 + 2 * count - 1, 2, axis=axis)
     return odd, lax.slice_in_dim(y, 1, 1 + 2 * count + 1, 2, axis=axis)
 
 
 def _down_columns(y: Array, kernel: Array) -> Array:
-    """The gradient of `_up_columns`, whose rows are not padded here; `kernel` is [r, 3, O, I]."""
+    """The gradient of `_up_columns`, without padding along rows; `kernel` is [r, 3, O, I]."""
     odd, even = _parities(y, 2)
     return _convolve(odd, kernel[:, 1:2], "VALID") + _convolve(even, kernel[:, 0::2], "VALID")
 
@@ -191,34 +204,48 @@ def _down_filter(y: Array, products: Array) -> Array:
     return _down_columns(odd, products[:1]) + _four_rows(even, 2, forms)
 
 
-# --- both ---
+# --- shared ---
 
 
 def interleave(first: Array, second: Array, axis: int) -> Array:
-    """Weaves two arrays of the same shape along `axis`."""
+    """Interleaves two arrays of the same shape along `axis`: first[0], second[0], first[1], …"""
     shape = list(first.shape)
     shape[axis] *= 2
     return jnp.stack([first, second], axis + 1).reshape(shape)
 
 
-def _suits(x: Array | jax.ShapeDtypeStruct, weight: Array, use: str) -> bool:
-    """Whether minimal filtering is the faster form on a CPU.
+def _check(x: Array, kernel: Array | Kernel) -> None:
+    chex.assert_rank(x, 4)
+    if not isinstance(kernel, Kernel):
+        chex.assert_shape(kernel, (3, 3, x.shape[-1], None))
 
-    Measured: with few channels passes over memory cost more than is saved, with few pixels those over the weights.
+
+def _saves_time(x: Array | jax.ShapeDtypeStruct, weight: Array, use: str) -> bool:
+    """Whether minimal filtering is faster on a CPU, as measured.
+
+    With few channels, its passes over memory cost more than it saves; with few pixels, those over the weights do.
     """
     height, width = x.shape[1:3]
-    narrow, small = min(weight.shape[2:]) < 128, height * width < _PIXELS[use] * max(weight.shape[2:])
-    return x.dtype == jnp.float32 and height % 4 == 0 and not narrow and not small
+    channels = weight.shape[2:]
+    enough = min(channels) >= 128 and height * width >= _MIN_PIXELS[use] * max(channels)
+    return enough and _is_possible(x)
 
 
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+def _is_possible(x: Array | jax.ShapeDtypeStruct) -> bool:
+    return x.dtype == jnp.float32 and x.shape[1] % 4 == 0
+
+
+def _use_minimal(x: jax.ShapeDtypeStruct, weight: Array, use: str, minimal: bool | None) -> bool:
+    if minimal is None:
+        return jax.default_backend() == "cpu" and _saves_time(x, weight, use)
+    return minimal and _is_possible(x)
 
 
 def _choose(
-    suits: bool, minimal: Callable[[Array, Array], Array], default: Callable[[Array, Array], Array]
+    saves_time: bool, minimal: Callable[[Array, Array], Array], default: Callable[[Array, Array], Array]
 ) -> Callable[[Array, Array], Array]:
-    if not suits:
+    """On a CPU `minimal` where that saves time; `default` otherwise."""
+    if not saves_time:
         return default
     return lambda x, weight: lax.platform_dependent(x, weight, cpu=minimal, default=default)
 
@@ -234,7 +261,11 @@ def _pad_rows(x: Array, before: int, after: int) -> Array:
 
 @functools.cache
 def _transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of F(4, taps) by Toom and Cook: of rows [P, P], of kernels [P, taps], and of products to outputs [P, 4]."""
+    """F(4, taps) by the Toom-Cook algorithm, with P = taps + 3 products.
+
+    Returns:
+      Three matrices: of input rows [P, P], of kernel rows [P, taps], and from products to output rows [P, 4].
+    """
     points = np.array(_POINTS[taps])
     count = taps + 3
     rows, kernels, outputs = np.zeros((count, count)), np.zeros((count, taps)), np.zeros((count, 4))
@@ -248,22 +279,31 @@ def _transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _products(weight: Array) -> Array:
-    """A kernel's rows [taps, w, I, O] as minimal filtering multiplies with them: [taps + 3, w, I, O]."""
-    # As a product: sums would be fused with the transposition that follows, and read the weights against the grain.
+    """Transforms a kernel's rows for minimal filtering; [taps, w, I, O] to [taps + 3, w, I, O]."""
+    # A matrix product: XLA would fuse sums with the transposition that follows, and read the weights column by column.
     return jnp.einsum("py,yxio->pxio", _transforms(weight.shape[0])[1], weight, precision="highest")
 
 
 def _four_rows(x: Array, taps: int, products: Sequence[Callable[[Array], Array]]) -> Array:
-    """Correlates rows with `taps` taps, four outputs at a time; of [N, 4 g + taps - 1 or more, W, I] the 4 g rows."""
-    rows, _, outputs = _transforms(taps)
+    """Correlates rows with `taps` taps, four output rows at a time.
+
+    Args:
+      x: [N, 4 g + taps - 1 or more, W, I].
+      taps: 2 or 3.
+      products: of each transformed kernel row, its convolution over columns, [N, g, W, I] to [N, g, W', O].
+
+    Returns:
+      [N, 4 g, W', O].
+    """
+    row_matrix, _, output_matrix = _transforms(taps)
     groups = (x.shape[1] - taps + 1) // 4
-    parts = [lax.slice_in_dim(x, i, i + 4 * groups - 3, 4, axis=1) for i in range(taps + 3)]
-    made = [product(_combine(c, parts)) for c, product in zip(rows, products, strict=True)]
-    y = jnp.stack([_combine(c, made) for c in outputs.T], axis=2)
+    rows = [lax.slice_in_dim(x, i, i + 4 * groups - 3, 4, axis=1) for i in range(taps + 3)]  # each [N, g, W, I]
+    multiplied = [product(_combine(c, rows)) for c, product in zip(row_matrix, products, strict=True)]
+    y = jnp.stack([_combine(c, multiplied) for c in output_matrix.T], axis=2)  # [N, g, 4, W', O]
     return y.reshape(y.shape[0], 4 * groups, *y.shape[3:])
 
 
 def _combine(coefficients: np.ndarray, arrays: Sequence[Array]) -> Array:
-    """Their sum with such coefficients."""
+    """Linear combination of `arrays`; terms with coefficient 0 are left out."""
     terms = [x if c == 1 else c * x for c, x in zip(coefficients, arrays, strict=True) if c]
     return functools.reduce(jnp.add, terms)

@@ -1,11 +1,12 @@
-"""The invertibility predictor in Linen: from a picture, how badly each latent layer alone would render each pixel.
+"""The invertibility predictor: from an image, the error that each latent layer alone would leave at every pixel.
 
-DeepLabV3+ (Chen et al., ECCV 2018) on a ResNet-101 at stride 16 makes 8 features a pixel; a small head for each latent
-layer makes a map of them. That is the network of SAM (CVPR 2022), and its numbers are those of the authors' PyTorch
-code. Widths and depths can be chosen, so that a domain with little variety gets a network of a few MB.
+DeepLabV3+ (Chen et al., ECCV 2018) on a ResNet-101 at stride 16 computes 8 features per pixel, from which a small head
+for each latent layer predicts a map. This is the network of SAM (Parmar et al., CVPR 2022), with the same numbers as
+the authors' PyTorch code. Widths and depths are configurable, so that a simple image domain can use a network of a few
+MB.
 
-Arrays are NHWC and float32; images lie in [-1, 1]. Variables are arguments, to be passed through `jax.jit` rather than
-closed over. Precision follows JAX's own setting, as in `samjax.nets.lpips`.
+Arrays are NHWC and float32; images lie in [-1, 1]. Pass variables through `jax.jit` as arguments instead of closing
+over them. Convolutions follow JAX's precision setting; see `samjax.nets.lpips`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from samjax.config import LATENT_NAMES
+from samjax.latents import LATENT_NAMES
 from samjax.nets import blocks
 from samjax.nets.blocks import Variables
 
-_STRIDES = (1, 2, 2, 1)  # of the stages; with the stem's two halvings the last two are at 1/16
+_STRIDES = (1, 2, 2, 1)  # of the stages; after the stem (stride 4) the last two are at 1/16
 _RATES = (6, 12, 18)  # dilations of the pyramid
 _HEAD_FEATURES = 4
 
@@ -33,11 +34,11 @@ class PredictorConfig:
 
     Attributes:
       latent_names: latent layers that have a head, in the order of the maps.
-      features: that the heads share, at every pixel.
-      blocks: residual blocks of the four stages; (3, 4, 23, 3) is ResNet-101.
-      width: of the stem and of the first stage's inner convolutions; each further stage doubles it.
-      decoder_width: of the pyramid and of the decoder.
-      low_level_width: to which the decoder reduces the first stage's output.
+      features: channels of the input that the heads share.
+      blocks: residual blocks in each of the four stages; (3, 4, 23, 3) is ResNet-101.
+      width: channels of the stem and of the inner convolutions of the first stage; each later stage doubles it.
+      decoder_width: channels of the pyramid and of the decoder.
+      low_level_width: channels to which the decoder reduces the output of the first stage.
     """
 
     latent_names: tuple[str, ...] = LATENT_NAMES
@@ -60,29 +61,29 @@ class PredictorConfig:
 
 # --- blocks ---
 
-# Where training remembers variances, Flax averages those of the batches as they are, and PyTorch n / (n - 1) times
-# them, n being the values in a batch for each channel. They differ visibly only where that is a handful: in the
-# pyramid's image-wide branch n is the batch size.
+# In training, Flax updates running variances with the biased variance of the batch, PyTorch with the unbiased one,
+# n / (n - 1) times larger for n values per channel. This only matters for small n: in the image-wide branch of the
+# pyramid n is the batch size.
 
 
 def _conv_norm_relu(
     x: Array, features: int, kernel: int, names: tuple[str, str], train: bool, *, stride: int = 1, dilation: int = 1
 ) -> Array:
-    """Convolution, batch normalisation, ReLU; `names` of the first two in the module that calls this."""
+    """Convolution, batch normalization, ReLU; `names` are those of the first two in the calling module."""
     x = blocks.conv(features, kernel, stride, dilation=dilation, name=names[0])(x)
     return nn.relu(blocks.batch_norm(use_running_average=not train, name=names[1])(x))
 
 
 def _uniform(limit: float) -> nn.initializers.Initializer:
-    """Uniform in [-limit, limit]."""
+    """Initializer, uniform in [-limit, limit]."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 class ResNet(nn.Module):
-    """Bottleneck ResNet at stride 16; the outputs of its first stage (at 1/4 the size) and of its last (1/16).
+    """Bottleneck ResNet at stride 16; the outputs of its first stage (at 1/4 of the size) and of its last (at 1/16).
 
-    In the last stage dilation stands in for the stride: 2, 4, 8, ... in one block after the other (a multi-grid of 1,
-    2, 4, ...; Chen et al., "Rethinking Atrous Convolution", 2017).
+    The last stage has dilations 2, 4, 8, … in its blocks instead of a stride (a multi-grid of 1, 2, 4, …; Chen et al.,
+    "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017).
     """
 
     config: PredictorConfig
@@ -108,7 +109,7 @@ class ResNet(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: the same input at several dilations, and its mean over the image, in one."""
+    """Atrous spatial pyramid pooling: joins convolutions of several dilations and the mean over the image."""
 
     features: int
     train: bool = False
@@ -127,7 +128,7 @@ class ASPP(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Joins the pyramid's output with the first stage's and refines both, at 1/4 the size."""
+    """Joins the outputs of the pyramid and of the first stage and refines them, at 1/4 of the size."""
 
     config: PredictorConfig
     train: bool = False
@@ -147,6 +148,29 @@ class Decoder(nn.Module):
         )(x)
 
 
+class Head(nn.Module):
+    """The map of one latent layer, [N, H, W], nonnegative.
+
+    The authors use transposed convolutions of stride 1, which are ordinary ones with a kernel rotated by 180 degrees.
+    Parameters are initialized as PyTorch does for those: uniform within 1 / sqrt(k * k * outputs).
+    """
+
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, (features, kernel) in enumerate(((_HEAD_FEATURES, 3), (1, 1)), 1):
+            init = _uniform(1 / math.sqrt(kernel * kernel * features))
+            x = nn.Conv(features, (kernel, kernel), kernel_init=init, bias_init=init, name=f"conv{i}")(x)
+            if i == 1:
+                x = blocks.batch_norm(use_running_average=not self.train, name="bn1")(x)
+                x = nn.leaky_relu(x, 0.2)
+        return nn.relu(x[..., 0])
+
+
+# --- network ---
+
+
 class DeepLab(nn.Module):
     """DeepLabV3+; [N, H, W, 3] to [N, H, W, features]."""
 
@@ -161,28 +185,8 @@ class DeepLab(nn.Module):
         return blocks.resize_aligned(features, (x.shape[1], x.shape[2]))
 
 
-class Head(nn.Module):
-    """The map of one latent layer, [N, H, W], not negative.
-
-    The authors have transposed convolutions of stride 1, which are ordinary ones with their kernel turned by 180
-    degrees. Parameters start as PyTorch starts those: uniform, within 1 / sqrt(k * k * outputs).
-    """
-
-    train: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i, (features, kernel) in enumerate(((_HEAD_FEATURES, 3), (1, 1)), 1):
-            start = _uniform(1 / math.sqrt(kernel * kernel * features))
-            x = nn.Conv(features, (kernel, kernel), kernel_init=start, bias_init=start, name=f"conv{i}")(x)
-            if i == 1:
-                x = blocks.batch_norm(use_running_average=not self.train, name="bn1")(x)
-                x = nn.leaky_relu(x, 0.2)
-        return nn.relu(x[..., 0])
-
-
 class Predictor(nn.Module):
-    """Base and heads; use it through the functions below, which take variables."""
+    """Base and heads; use it through the functions below, which take `variables`."""
 
     config: PredictorConfig
     train: bool = False
@@ -191,84 +195,84 @@ class Predictor(nn.Module):
     def __call__(self, images: Array) -> Array:
         x = DeepLab(self.config, self.train, name="base")(images)
         maps = [Head(self.train, name=f"head_{name}")(x) for name in self.config.latent_names]
-        return jnp.stack(maps, axis=1)
+        return jnp.stack(maps, axis=1)  # [N, L, H, W]
 
 
 # --- functions ---
 
 
 def init(config: PredictorConfig, *, key: Array) -> Variables:
-    """Random variables, as the authors' training starts from without weights of ImageNet.
+    """Random variables, as in the authors' training without ImageNet weights.
 
-    Convolutions are normal with variance 2 / fan (He et al., ICCV 2015): fan-out in the backbone, fan-in behind it.
+    Convolutions are normal with variance 2 / fan (He et al., ICCV 2015): fan-out in the backbone, fan-in after it.
 
     Returns:
-      {"params", "batch_stats"}, each {"base": {"backbone", "aspp", "decoder"}, "head_W+": ..., ...}. `jax.eval_shape`
-      of it is the tree that converters fill.
+      {"params": …, "batch_stats": …}, each {"base": {"backbone", "aspp", "decoder"}, "head_W+": …, …};
+      `jax.eval_shape` of this function is the tree that converters fill.
     """
     variables = Predictor(config).init(key, jnp.zeros((1, 16, 16, 3), jnp.float32))
     params, base = variables["params"], variables["params"]["base"]
-    # The shared blocks start by their fan-in.
+    # `blocks.conv` initializes by fan-in.
     fan_out = lambda a: a * math.sqrt(a.shape[2] / a.shape[3]) if a.ndim == 4 else a  # noqa: E731
     base = {**base, "backbone": jax.tree.map(fan_out, base["backbone"])}
     return {"params": {**params, "base": base}, "batch_stats": variables["batch_stats"]}
 
 
 def base(variables: Variables, images: Array, config: PredictorConfig) -> Array:
-    """The features that the heads share.
+    """Features that the heads share.
 
     Args:
       variables: of the whole predictor.
-      images: [N, h, w, 3] in [-1, 1], of any size.
-      config: the predictor's sizes.
+      images: [N, H, W, 3] in [-1, 1], of any size.
+      config: sizes of the predictor.
 
     Returns:
-      [N, h, w, features].
+      [N, H, W, features].
 
     Raises:
-      ValueError: images of another shape or kind.
+      ValueError: If images have another shape or type.
     """
     _check(images)
-    part = {collection: variables[collection]["base"] for collection in ("params", "batch_stats")}
-    return DeepLab(config).apply(part, images)  # type: ignore[return-value]
+    base_variables = {collection: variables[collection]["base"] for collection in ("params", "batch_stats")}
+    return DeepLab(config).apply(base_variables, images)  # type: ignore[return-value]
 
 
 def predict(variables: Variables, images: Array, config: PredictorConfig) -> Array:
-    """Predicted maps: at every pixel the spatial LPIPS that an inversion in each layer alone would leave.
+    """Predicts maps: at every pixel, the spatial LPIPS after an inversion in each latent layer alone.
 
     Args:
-      variables: as `init` gives them, or converted.
-      images: [N, h, w, 3] in [-1, 1], of any size.
-      config: the predictor's sizes.
+      variables: as returned by `init` or converted from a checkpoint.
+      images: [N, H, W, 3] in [-1, 1], of any size.
+      config: sizes of the predictor.
 
     Returns:
-      [N, L, h, w], not negative, L in the order of `config.latent_names`.
+      [N, L, H, W], nonnegative; layers in the order of `config.latent_names`.
 
     Raises:
-      ValueError: images of another shape or kind.
+      ValueError: If images have another shape or type.
     """
     _check(images)
     return Predictor(config).apply(variables, images)  # type: ignore[return-value]
 
 
 def train_maps(variables: Variables, images: Array, config: PredictorConfig, *, key: Array) -> tuple[Array, Variables]:
-    """Maps as training needs them: normalised by the batch's own statistics, and with dropout.
+    """Predicts maps in training mode, normalizing by the statistics of the batch and with dropout.
 
     Args:
-      variables: as `predict` takes them.
-      images: [N, h, w, 3] in [-1, 1], at least two: one has no statistics in the image-wide branch.
-      config: the predictor's sizes.
-      key: of dropout.
+      variables: as for `predict`.
+      images: [N, H, W, 3] in [-1, 1]; N is at least 2, since the image-wide branch has one value per image.
+      config: sizes of the predictor.
+      key: for dropout.
 
     Returns:
-      Maps [N, L, h, w], and the new "batch_stats": 0.9 of the old ones and 0.1 of this batch's.
+      Maps [N, L, H, W] and the updated "batch_stats": 0.9 times the old plus 0.1 times the batch's.
 
     Raises:
-      ValueError: images of another shape or kind, or fewer than two.
+      ValueError: If images have another shape or type, or there are fewer than two.
     """
     _check(images)
     if images.shape[0] < 2:
-        raise ValueError("training needs at least two images a batch, for batch normalisation")
+        raise ValueError("training needs at least two images per batch, for batch normalization")
     maps, changed = Predictor(config, train=True).apply(
         variables, images, rngs={"dropout": key}, mutable=["batch_stats"]
     )

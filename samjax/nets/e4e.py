@@ -1,15 +1,15 @@
 """The e4e encoder (Tov et al., "Designing an Encoder for StyleGAN Image Manipulation", SIGGRAPH 2021) in Flax Linen.
 
-From a picture to one style for each layer of a StyleGAN2, with the numbers of the authors' PyTorch code once training
-is over. A face recogniser's residual network with squeeze-excitation (IR-SE-50; Deng et al., "ArcFace", CVPR 2019)
-makes features at 1/4, 1/8 and 1/16 the size. They are joined from the coarsest on (a feature pyramid), and on each
-level stand the heads of some styles. Style 0 is what its head puts out plus the average style, and each further style
-is style 0 plus what its own head puts out.
+It maps an image to one style for each layer of a StyleGAN2, with the same numbers as the authors' PyTorch code in
+evaluation mode. A face recognizer's residual network with squeeze-excitation (IR-SE-50; Deng et al., "ArcFace",
+CVPR 2019) computes features at 1/4, 1/8 and 1/16 of the size. A feature pyramid adds coarser levels to finer ones,
+and the heads of some styles are attached to each level. Style 0 is the output of its head plus the average style; every
+other style is style 0 plus the output of its own head.
 
-Widths and depths can be chosen, so that a domain with little variety gets an encoder of a few MB.
+Widths and depths are configurable, so that a simple image domain can use an encoder of a few MB.
 
-Arrays are NHWC and float32; images lie in [-1, 1]. Variables are arguments, to be passed through `jax.jit` rather than
-closed over. Precision follows JAX's own setting, as in `samjax.nets.lpips`.
+Arrays are NHWC and float32; images lie in [-1, 1]. Pass variables through `jax.jit` as arguments instead of closing
+over them. Convolutions follow JAX's precision setting; see `samjax.nets.lpips`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jax import Array
 from samjax.nets import blocks
 from samjax.nets.blocks import Variables
 
-_LEVEL_STARTS = (0, 3, 7)  # the first style on each level of the pyramid, coarsest first
-_REDUCTION = 16  # of the channels inside a squeeze-excitation
-_SLOPE = 0.01  # of the heads' leaky ReLU
+_LEVEL_STARTS = (0, 3, 7)  # first style on each level of the pyramid, coarsest first
+_REDUCTION = 16  # factor by which a squeeze-excitation reduces channels
+_SLOPE = 0.01  # of the leaky ReLU in the heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,12 @@ class E4EConfig:
     """Sizes of an encoder; the defaults are the authors', for a 1024 px generator.
 
     Attributes:
-      num_styles: styles to put out, 2 log2(R) - 2 for a generator of R px; even, from 4 to 18.
-      style_dim: entries of a style.
-      widths: channels of the four stages, the last also those of the pyramid; the stem has the first's.
-      blocks: residual blocks of the four stages; (3, 4, 14, 3) is IR-SE-50.
-      head_width: channels of the heads' convolutions.
-      head_depth: convolutions of a head on the coarsest level; one more on each finer level.
+      num_styles: number of styles, 2 log2(R) - 2 for a generator of R px; even, from 4 to 18.
+      style_dim: size of a style.
+      widths: channels of the four stages. The stem has as many as the first stage, the pyramid as the last.
+      blocks: residual blocks in each of the four stages; (3, 4, 14, 3) is IR-SE-50.
+      head_width: channels of the convolutions in the heads.
+      head_depth: convolutions of a head on the coarsest level; there is one more on each finer level.
     """
 
     num_styles: int = 18
@@ -62,15 +62,15 @@ class E4EConfig:
 
     @property
     def max_size(self) -> int:
-        """Pixels a side up to which the heads' halvings leave one: four stages', and `head_depth` on the coarsest."""
+        """Largest height and width, in pixels, that four stages and `head_depth` convolutions reduce to one pixel."""
         return 2 ** (4 + self.head_depth)
 
 
-# --- layers ---
+# --- blocks ---
 
 
 class PReLU(nn.Module):
-    """Rectifier with a learned slope a channel for what is negative (He et al., ICCV 2015)."""
+    """ReLU with a learned slope per channel for negative inputs (He et al., ICCV 2015)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -79,7 +79,7 @@ class PReLU(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a factor in (0, 1) that depends on all channels' means (Hu et al., CVPR 2018)."""
+    """Scales each channel by a factor in (0, 1) computed from the means of all channels (Hu et al., CVPR 2018)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -90,7 +90,7 @@ class SqueezeExcite(nn.Module):
 
 
 class EqualDense(nn.Module):
-    """Dense layer with equalised learning rate: the stored kernel is used times 1 / sqrt(inputs)."""
+    """Dense layer with equalized learning rate: the kernel is stored without its factor 1 / sqrt(inputs)."""
 
     features: int
 
@@ -101,16 +101,13 @@ class EqualDense(nn.Module):
         return x @ (kernel / math.sqrt(x.shape[-1])) + bias
 
 
-# --- blocks ---
-
-
 class ResidualBlock(nn.Module):
     """Residual block of an IR-SE network; the shortcut is a projection where the number of channels changes.
 
     Attributes:
-      features: channels that it puts out.
+      features: output channels.
       stride: of the second convolution and of the shortcut.
-      train: whether statistics are the batch's own, and remembered, rather than the remembered ones.
+      train: whether to normalize by the batch and update the running statistics.
     """
 
     features: int
@@ -130,7 +127,7 @@ class ResidualBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """From a level of the pyramid to one style, [N, style_dim]: `depth` convolutions, each of stride 2."""
+    """Maps a level of the pyramid to one style [N, style_dim] by `depth` convolutions of stride 2."""
 
     width: int
     depth: int
@@ -147,7 +144,7 @@ class Head(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Backbone, pyramid and heads; use it through the functions below, which take variables."""
+    """Backbone, pyramid and heads; use it through the functions below, which take `variables`."""
 
     config: E4EConfig
     train: bool = False
@@ -155,7 +152,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         config = self.config
-        # The average style is the generator's, which no gradient changes.
+        # The average style belongs to the generator and is not trained.
         average = self.variable(
             "batch_stats", "latent_avg", jnp.zeros, (config.num_styles, config.style_dim), jnp.float32
         )
@@ -180,54 +177,54 @@ class Encoder(nn.Module):
             head = Head(config.head_width, config.head_depth + level, config.style_dim, name=f"head_{i}")
             style = head(levels[level])
             styles.append(styles[0] + style if i else style)
-        return jnp.stack(styles, axis=1) + average.value
+        return jnp.stack(styles, axis=1) + average.value  # [N, num_styles, style_dim]
 
 
 # --- functions ---
 
 
 def init(config: E4EConfig, *, key: Array) -> Variables:
-    """Random variables.
+    """Random variables; `jax.eval_shape` of this function is the tree that converters fill.
 
     Returns:
-      {"params", "batch_stats"}; `jax.eval_shape` of it is the tree that converters fill. "batch_stats" has also
-      "latent_avg" [num_styles, style_dim], which is added to the styles; zeros here.
+      {"params": …, "batch_stats": …}; "batch_stats" also holds the average style, "latent_avg"
+      [num_styles, style_dim], which is zero here.
     """
     return Encoder(config).init(key, jnp.zeros((1, 16, 16, 3), jnp.float32))
 
 
 def encode(variables: Variables, images: Array, config: E4EConfig) -> Array:
-    """The styles with which the generator comes close to the images; the start of an inversion.
+    """Encodes images as styles from which a generator approximately reconstructs them; the start of an inversion.
 
     Args:
-      variables: as `init` gives them, or converted.
-      images: [N, h, w, 3] in [-1, 1]. Up to `config.max_size` pixels a side; the authors' encoders have seen
-        256 x 256, that for cars 192 x 256.
-      config: the encoder's sizes.
+      variables: as returned by `init` or converted from a checkpoint.
+      images: [N, H, W, 3] in [-1, 1]; H and W are at most `config.max_size`. The authors' encoders are trained at
+        256 x 256, the one for cars at 192 x 256.
+      config: sizes of the encoder.
 
     Returns:
       [N, num_styles, style_dim].
 
     Raises:
-      ValueError: images of another shape or kind, or too large.
+      ValueError: If images have another shape or type or are too large.
     """
     _check(images, config)
     return Encoder(config).apply(variables, images)  # type: ignore[return-value]
 
 
 def train_codes(variables: Variables, images: Array, config: E4EConfig) -> tuple[Array, Variables]:
-    """Styles as training needs them: normalised by the batch's own statistics.
+    """Encodes images in training mode, normalizing by the statistics of the batch.
 
     Args:
-      variables: as `encode` takes them.
-      images: as `encode` takes them.
-      config: the encoder's sizes.
+      variables: as for `encode`.
+      images: as for `encode`.
+      config: sizes of the encoder.
 
     Returns:
-      [N, num_styles, style_dim], and the new "batch_stats": 0.9 of the old ones and 0.1 of this batch's.
+      Styles [N, num_styles, style_dim] and the updated "batch_stats": 0.9 times the old plus 0.1 times the batch's.
 
     Raises:
-      ValueError: as `encode`.
+      ValueError: As `encode` does.
     """
     _check(images, config)
     codes, changed = Encoder(config, train=True).apply(variables, images, mutable=["batch_stats"])

@@ -1,16 +1,15 @@
 """LPIPS (Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018) in Linen.
 
-VGG16 and AlexNet feature stacks with the learned linear heads of version 0.1, with the numbers of the PyPI package
+VGG16 and AlexNet features with the learned linear heads of version 0.1, and the same numbers as the PyPI package
 `lpips`. Arrays are NHWC and float32; images lie in [-1, 1].
 
-An inversion compares many images with one target, so the target's features are taken once: `features`, then
-`distance` or `spatial_distance` at every step. Weights are arguments, to be passed through `jax.jit` rather than
-closed over.
+An inversion compares many images with one target. Compute the target's `features` once, then `distance` or
+`spatial_distance` at every step. Pass parameters through `jax.jit` as arguments instead of closing over them.
 
-Precision: the convolutions follow JAX's own setting. On the CPU they are full float32; on GPUs and TPUs the
-default is faster and coarser, and `with jax.default_matmul_precision("float32")` around the traced call gives full
-float32, which parity and reported figures need. All else is elementwise and
-float32 everywhere. With `half_precision` kernels and activations are bfloat16, sums and features float32.
+Convolutions follow JAX's precision setting. On CPUs they are full float32. On GPUs and TPUs the default is faster and
+less accurate; trace the call under `jax.default_matmul_precision("float32")` for full float32, as parity and reported
+figures need. Everything else is elementwise and float32. With `half_precision`, kernels and activations are bfloat16,
+sums and features float32.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import chex
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
@@ -30,24 +30,23 @@ Params = Mapping[str, Any]
 Net = Literal["vgg", "alex"]
 
 _VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# AlexNet's stages: features, kernel, stride, padding of the convolution, and whether its input is pooled.
+# Of AlexNet's stages: features, kernel size, stride and padding of the convolution, and whether its input is pooled.
 _ALEX_STAGES = ((64, 11, 4, 2, False), (192, 5, 1, 2, True), (384, 3, 1, 1, True), (256, 3, 1, 1, False),
                 (256, 3, 1, 1, False))  # fmt: skip
 STAGE_CHANNELS: Mapping[Net, tuple[int, ...]] = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
-MIN_SIZE: Mapping[Net, int] = {"vgg": 16, "alex": 31}  # pixels a side that leave one for the last stage
+MIN_SIZE: Mapping[Net, int] = {"vgg": 16, "alex": 31}  # of height and width, in pixels; the last stage is then 1 x 1
 
 
 # --- operations ---
 
 
 def max_pool_2x2(x: Array) -> Array:
-    """Maximum of each 2x2 window; an odd last row or column is dropped. [N, H, W, C] to [N, H // 2, W // 2, C].
+    """Maximum over 2x2 windows, dropping an odd last row or column; [N, H, W, C] to [N, H // 2, W // 2, C].
 
-    The maximum of strided slices: its backward pass is elementwise, where that of `reduce_window` is a scatter,
-    on its own 10 to 20 times slower on the CPU. Where several entries of a window are the largest, the gradient is
-    shared among them, while PyTorch hands it to the first. After a ReLU most ties are of zeros, whose gradient the
-    ReLU stops either way; the others need equal positive activations (flat regions), where both are subgradients
-    with the same sum.
+    Computed as the maximum of strided slices, whose backward pass is elementwise; that of `reduce_window` is a scatter,
+    10 to 20 times slower on a CPU. When several entries of a window are largest, the gradient is shared among them,
+    while PyTorch gives it to the first. After a ReLU most ties are zeros, whose gradient the ReLU stops in any case;
+    other ties are equal positive activations (in flat regions), where both are subgradients with the same sum.
     """
     h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     rows = jnp.maximum(x[:, 0:h:2], x[:, 1:h:2])
@@ -55,7 +54,7 @@ def max_pool_2x2(x: Array) -> Array:
 
 
 def max_pool_3x3(x: Array) -> Array:
-    """Maximum of 3x3 windows two apart that lie within `x`; [N, H, W, C] to [N, (H - 1) // 2, (W - 1) // 2, C]."""
+    """Maximum over 3x3 windows, stride 2, no padding; [N, H, W, C] to [N, (H - 1) // 2, (W - 1) // 2, C]."""
     for axis in (1, 2):
         count = (x.shape[axis] - 1) // 2
         first, second, third = (lax.slice_in_dim(x, i, i + 2 * count - 1, 2, axis) for i in range(3))
@@ -64,10 +63,10 @@ def max_pool_3x3(x: Array) -> Array:
 
 
 def normalize_channels(x: Array, eps: float = 1e-10) -> Array:
-    """`x` over its Euclidean norm plus `eps`, along the last axis.
+    """Divides `x` by its Euclidean norm plus `eps`, along the last axis.
 
-    The norm's slope is infinite where all channels are zero, which would make gradients NaN; it is taken as zero
-    there. The values are those of the plain formula.
+    Where all channels are zero, the derivative of the norm is infinite and would make gradients NaN; it is replaced by
+    zero. The values are those of the plain formula.
     """
     power = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     positive = power > 0
@@ -75,11 +74,11 @@ def normalize_channels(x: Array, eps: float = 1e-10) -> Array:
     return x / (norm + eps)
 
 
-# --- networks ---
+# --- blocks ---
 
 
 class Conv(nn.Module):
-    """Convolution with zero padding, bias, ReLU."""
+    """Convolution with zero padding, bias and ReLU."""
 
     features: int
     kernel: int = 3
@@ -94,8 +93,8 @@ class Conv(nn.Module):
         weight = self.param("weight", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if (self.kernel, self.stride, self.padding) == (3, 1, 1):
-            frozen = self.get_variable("frozen", "kernel")
-            y = conv3x3(x, weight.astype(self.dtype) if frozen is None else frozen)
+            prepacked = self.get_variable("prepacked", "kernel")
+            y = conv3x3(x, weight.astype(self.dtype) if prepacked is None else prepacked)
         else:
             pad = (self.padding, self.padding)
             y = lax.conv_general_dilated(
@@ -109,7 +108,7 @@ class Conv(nn.Module):
 
 
 class VGG16(nn.Module):
-    """VGG16's convolutions; the outputs of relu1_2, 2_2, 3_3, 4_3 and 5_3, at 1, 1/2, 1/4, 1/8 and 1/16 the size."""
+    """Convolutions of VGG16; the outputs of relu1_2, 2_2, 3_3, 4_3 and 5_3, at 1, 1/2, 1/4, 1/8 and 1/16 the size."""
 
     dtype: Any = jnp.float32
 
@@ -126,7 +125,7 @@ class VGG16(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """AlexNet's convolutions (the one-column form of torchvision); the outputs of its five ReLUs."""
+    """Convolutions of AlexNet (torchvision's one-column variant); the outputs of its five ReLUs."""
 
     dtype: Any = jnp.float32
 
@@ -142,7 +141,7 @@ class AlexNet(nn.Module):
 
 
 class Heads(nn.Module):
-    """One learned weight a channel: the weighted squared difference of each stage, [N, h, w]."""
+    """Squared differences of features, summed over channels with learned weights; [N, h, w] for each stage."""
 
     @nn.compact
     def __call__(self, fx: tuple[Array, ...], fy: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -151,6 +150,9 @@ class Heads(nn.Module):
             weight = self.param(f"lin{i}", nn.initializers.uniform(1.0), (x.shape[-1],))
             maps.append(jnp.sum(jnp.square(x - y) * weight, axis=-1))
         return tuple(maps)
+
+
+# --- network ---
 
 
 class LPIPS(nn.Module):
@@ -175,87 +177,111 @@ class LPIPS(nn.Module):
 
 
 def init(net: Net, *, key: Array) -> Params:
-    """Random parameters: {"backbone": {"conv1_1": {"weight", "bias"}, …}, "heads": {"lin0": [C], …}}.
+    """Random parameters; `jax.eval_shape` of this function is the tree that converters fill.
 
-    `jax.eval_shape` of it is the tree that converters fill. AlexNet's convolutions are "conv1" to "conv5".
+    Returns:
+      {"backbone": {"conv1_1": {"weight", "bias"}, …}, "heads": {"lin0": [C], …}}; the convolutions of AlexNet are
+      "conv1" to "conv5".
 
     Raises:
-      ValueError: an unknown `net`.
+      ValueError: If `net` is unknown.
     """
     _check_net(net)
     image = jnp.zeros((1, MIN_SIZE[net], MIN_SIZE[net], 3), jnp.float32)
     return LPIPS(net).init(key, image, image)["params"]
 
 
-def freeze(params: Params, height: int, width: int, net: Net, *, half_precision: bool = False) -> Params:
-    """`params` with VGG16's kernels as convolutions use them, for many images of one size.
+def prepack(
+    params: Params,
+    height: int,
+    width: int,
+    net: Net,
+    *,
+    half_precision: bool = False,
+    minimal: bool | None = None,
+) -> Params:
+    """Transforms the 3x3 kernels once for many images of one size.
 
-    The features are the same, with the same `half_precision`; the kernels' gradient is zero. AlexNet has nothing
-    worth keeping.
+    The features stay the same up to rounding. The gradient with respect to the kernels becomes zero. AlexNet spends
+    little time in 3x3 convolutions; its `params` are returned unchanged unless `minimal` is False.
+
+    Args:
+      params: as returned by `init` or `samjax.io.weights.load_lpips`.
+      height: of the images.
+      width: of the images.
+      net: "vgg" or "alex".
+      half_precision: as it will be passed to `features`.
+      minimal: see `convolution.prepack`.
+
+    Returns:
+      `params` with the entry "prepacked".
 
     Raises:
-      ValueError: an unknown `net`.
+      ValueError: If `net` is unknown.
     """
     _check_net(net)
-    if net == "alex":
+    if net == "alex" and minimal is not False:
         return params
-    frozen = {}
+    kernels = {}
     for name, conv in params["backbone"].items():
-        stage = int(name[len("conv")]) - 1
-        weight = conv["weight"].astype(jnp.bfloat16 if half_precision else jnp.float32)
-        frozen[name] = {"kernel": convolution.freeze(weight, height >> stage, width >> stage)}
-    return {**params, "frozen": {"backbone": frozen}}
+        if conv["weight"].shape[:2] == (3, 3):
+            weight = conv["weight"].astype(jnp.bfloat16 if half_precision else jnp.float32)
+            stage = int(name[len("conv")]) - 1  # for AlexNet the size does not matter
+            kernels[name] = {"kernel": convolution.prepack(weight, height >> stage, width >> stage, minimal=minimal)}
+    return {**params, "prepacked": {"backbone": kernels}}
 
 
 def features(params: Params, images: Array, net: Net, *, half_precision: bool = False) -> tuple[Array, ...]:
-    """Channel-normalised activations of the five stages, for `distance` and `spatial_distance`.
+    """Channel-normalized activations of the five stages, for `distance` and `spatial_distance`.
 
     Args:
-      params: as `samjax.io.weights.load_lpips` gives them.
-      images: [N, H, W, 3] in [-1, 1], at least `MIN_SIZE[net]` pixels a side.
+      params: as returned by `samjax.io.weights.load_lpips` or `prepack`.
+      images: [N, H, W, 3] in [-1, 1]; H and W are at least `MIN_SIZE[net]`.
       net: "vgg" or "alex".
-      half_precision: runs the network in bfloat16.
+      half_precision: whether to run the network in bfloat16.
 
     Returns:
-      Five arrays [N, h, w, C], C as in `STAGE_CHANNELS[net]`; unit length along C, or zero.
+      Five arrays [N, h, w, C] with C from `STAGE_CHANNELS[net]`, of norm 1 along C, or 0.
 
     Raises:
-      ValueError: an unknown `net`, images of another shape or kind, or too small for the network.
+      ValueError: If `net` is unknown, or images have another shape or type or are too small.
     """
     _check_net(net)
     if images.ndim == 4 and min(images.shape[1:3]) < MIN_SIZE[net]:
         height, width = images.shape[1:3]
-        raise ValueError(f"LPIPS with {net} needs at least {MIN_SIZE[net]} pixels a side, not {height} x {width}")
+        raise ValueError(f"LPIPS ({net}) needs at least {MIN_SIZE[net]} pixels a side, not {height} x {width}")
     return LPIPS(net, half_precision).apply(flax_variables(params), images, method="features")  # type: ignore[return-value]
 
 
 def distance(params: Params, fx: tuple[Array, ...], fy: tuple[Array, ...]) -> Array:
-    """LPIPS from two images' features: the mean over pixels of each stage, summed over stages.
+    """LPIPS between images, given their features: the mean over pixels, summed over stages.
 
     Args:
-      params: of the same network as the features.
-      fx: what `features` gives.
-      fy: the same of other images; a batch of one broadcasts against a larger one.
+      params: of the network that computed the features.
+      fx: as returned by `features`.
+      fy: likewise; a batch of one broadcasts against a larger one.
 
     Returns:
-      [N], not negative; zero for equal features.
+      [N], nonnegative; zero for equal features.
     """
+    chex.assert_rank([*fx, *fy], 4)
     maps = Heads().apply({"params": params["heads"]}, fx, fy)
     return sum((jnp.mean(m, axis=(1, 2)) for m in maps[1:]), start=jnp.mean(maps[0], axis=(1, 2)))  # type: ignore[index]
 
 
 def spatial_distance(params: Params, fx: tuple[Array, ...], fy: tuple[Array, ...], size: tuple[int, int]) -> Array:
-    """LPIPS at every pixel: each stage's map brought to `size` bilinearly, summed over stages.
+    """LPIPS at every pixel: the map of each stage resized bilinearly to `size`, summed over stages.
 
     Args:
-      params: of the same network as the features.
-      fx: what `features` gives.
-      fy: the same of other images; a batch of one broadcasts against a larger one.
-      size: height and width of the result, as a rule those of the images.
+      params: of the network that computed the features.
+      fx: as returned by `features`.
+      fy: likewise; a batch of one broadcasts against a larger one.
+      size: (H, W) of the result, usually those of the images.
 
     Returns:
-      [N, H, W], not negative.
+      [N, H, W], nonnegative.
     """
+    chex.assert_rank([*fx, *fy], 4)
     maps = Heads().apply({"params": params["heads"]}, fx, fy)
     maps = [resize_bilinear(m[..., None], size)[..., 0] for m in maps]  # type: ignore[union-attr]
     return sum(maps[1:], start=maps[0])
@@ -265,17 +291,17 @@ def lpips(params: Params, x: Array, y: Array, net: Net, spatial: bool = False) -
     """LPIPS between two batches of images.
 
     Args:
-      params: as `samjax.io.weights.load_lpips` gives them.
+      params: as returned by `samjax.io.weights.load_lpips`.
       x: [N, H, W, 3] in [-1, 1].
-      y: the same; a batch of one broadcasts against a larger one.
+      y: likewise; a batch of one broadcasts against a larger one.
       net: "vgg" or "alex".
-      spatial: whether to give a map instead of one number.
+      spatial: whether to return a map instead of one number per image.
 
     Returns:
       [N], or [N, H, W] if `spatial`.
 
     Raises:
-      ValueError: as `features` does, and for images of two sizes.
+      ValueError: As `features` does, or if `x` and `y` differ in size.
     """
     if x.shape[1:] != y.shape[1:]:
         raise ValueError(f"LPIPS compares images of one size, not {list(x.shape)} and {list(y.shape)}")

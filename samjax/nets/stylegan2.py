@@ -1,16 +1,16 @@
 """StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", CVPR 2020) in Flax Linen.
 
-The config-f generator with the "skip" architecture, 8 to 1024 px, as NVIDIA's `stylegan2-ada-pytorch` and
-`stylegan3` repositories run it, and with the same numbers. Arrays are NHWC and float32; images lie in [-1, 1]
-up to overshoot.
+The config-f generator with the "skip" architecture, 8 to 1024 px, with the same numbers as in NVIDIA's
+`stylegan2-ada-pytorch` and `stylegan3` repositories. Arrays are NHWC and float32; images lie in [-1, 1], give or take
+some overshoot.
 
-Two things serve inversion. Modulation scales activations before and after an ordinary convolution, so that
-frozen weights need no gradient of their own and a batch needs no grouped convolution. And `Generator.synthesize`
-takes offsets, masks and features for the outputs of its blocks, so that forming an image from several latent
-layers, and editing it, are one pass each.
+Two choices serve inversion. Modulation scales activations before and after an ordinary convolution, so that frozen
+weights need no gradient and a batch needs no grouped convolution. And `synthesize` takes offsets, masks and features
+for the outputs of the blocks, so that forming an image from several latent layers takes one pass, and so does editing
+it.
 
-Half precision, where asked for, is bfloat16 for the kernels and activations of the four highest resolutions, as
-NVIDIA's networks use float16; sums, styles, filters, RGB and what goes from block to block into an image stay float32.
+Half precision is bfloat16 for the kernels and activations of the four highest resolutions, where NVIDIA's networks use
+float16. Sums, styles, filters, RGB and block outputs stay float32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,7 @@ from samjax.nets.convolution import Kernel, conv3x3, interleave
 Params = Mapping[str, Any]
 Noise = Literal["const", "none", "random"]
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
-_FIR = (0.25, 0.75, 0.75, 0.25)  # [1, 3, 3, 1] / 8 times 2: each axis keeps its gain when upsampled
+_FIR = (0.25, 0.75, 0.75, 0.25)  # [1, 3, 3, 1] / 8, times 2 to keep the gain when an axis is upsampled
 _SQRT2 = math.sqrt(2.0)
 
 
@@ -43,12 +43,15 @@ class StyleGAN2Config:
 
     Attributes:
       img_resolution: pixels a side, a power of two from 8 to 1024.
-      z_dim, c_dim, w_dim: entries of z, of a label (0: unconditional) and of one style.
+      z_dim: size of z.
+      c_dim: size of a label; 0 for an unconditional generator.
+      w_dim: size of one style.
       img_channels: 3 for RGB.
-      mapping_layers: dense layers of the mapping network.
-      channel_base, channel_max: a block at resolution r has min(channel_base / r, channel_max) channels.
-      conv_clamp: limit on the magnitude of what each layer puts out, its gain included, or None (converted
-        TensorFlow networks have none).
+      mapping_layers: number of dense layers in the mapping network.
+      channel_base: a block at resolution r has min(channel_base / r, channel_max) channels.
+      channel_max: see `channel_base`.
+      conv_clamp: limit on the magnitude of each layer's output, after its gain; None for no limit, as in converted
+        TensorFlow networks.
     """
 
     img_resolution: int = 256
@@ -72,7 +75,7 @@ class StyleGAN2Config:
 
     @property
     def num_ws(self) -> int:
-        """Styles that the synthesis network takes: one a convolution and one for the last ToRGB."""
+        """Number of styles of the synthesis network: one per convolution and one for the last ToRGB."""
         return 2 * len(self.block_resolutions)
 
     def channels(self, resolution: int) -> int:
@@ -80,9 +83,11 @@ class StyleGAN2Config:
 
 
 class Synthesis(NamedTuple):
-    """What `Generator.synthesize` gives: `image` [N, R, R, C]; `features` {r: [N, r, r, channels(r)]}.
+    """Result of `synthesize`.
 
-    A block's feature is its output with the offset or replacement that was asked for.
+    Attributes:
+      image: [N, R, R, C].
+      features: {r: [N, r, r, channels(r)]}, the output of each block after its offset or replacement.
     """
 
     image: Array
@@ -107,7 +112,7 @@ def _fir(x: Array) -> Array:
 
 @jax.custom_vjp
 def _fir_but_last(x: Array) -> Array:
-    """`_fir` without its last row and column. Its gradient is one filter too; JAX's own adds up 16 padded arrays."""
+    """`_fir` of `x` without its last row and column. The gradient is one filter; JAX's would add 16 padded arrays."""
     return _fir(x[:, :-1, :-1])
 
 
@@ -127,7 +132,7 @@ def upsample(x: Array) -> Array:
 def up_conv(x: Array, kernel: Array | Kernel) -> Array:
     """Transposed 3x3 convolution of stride 2, then the filter [1, 3, 3, 1]; [N, H, W, I] to [N, 2H, 2W, O].
 
-    Fastest forward and backward to `x`; see `up_conv_folded` where the kernel is trained.
+    The fastest form, also for the gradient with respect to `x`. Use `up_conv_folded` to train the kernel.
     """
     return _fir_but_last(convolution.up_conv3x3(x, kernel).astype(jnp.float32))
 
@@ -135,7 +140,8 @@ def up_conv(x: Array, kernel: Array | Kernel) -> Array:
 def up_conv_folded(x: Array, weight: Array) -> Array:
     """`up_conv` with its filter folded into the weights: one 3x3 convolution to 4 O channels, then depth to space.
 
-    Four times the operations, but its gradient to `weight` is an ordinary one: for training.
+    This takes four times the operations, but its gradient with respect to `weight` is that of an ordinary convolution,
+    which suits training.
     """
     n, h, w, _ = x.shape
     features = weight.shape[-1]
@@ -147,28 +153,35 @@ def up_conv_folded(x: Array, weight: Array) -> Array:
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, features)
 
 
-class FrozenConv(NamedTuple):
-    """What `modulated_conv` need not compute at every call: the kernel's forms, and its energy [I, O]."""
+class PrepackedConv(NamedTuple):
+    """A kernel prepacked for `modulated_conv`, with its `kernel_energy` [I, O]."""
 
     kernel: Kernel
     energy: Array
 
 
 def kernel_energy(weight: Array) -> Array:
-    """The sum of squares [I, O] of a kernel [h, w, I, O]."""
-    # Written out it is one pass over the weights; as a reduction it takes several times longer on a CPU.
+    """Sum of squares over the taps of a kernel; [h, w, I, O] to [I, O]."""
+    # Written out, this is one pass over the weights; as a reduction it takes several times longer on a CPU.
     return sum((jnp.square(tap) for row in weight for tap in row), start=jnp.zeros(()))
 
 
 def modulated_conv(
-    x: Array, weight: Array | FrozenConv, styles: Array, convolve: Callable[[Array, Any], Array] = conv3x3
+    x: Array, weight: Array | PrepackedConv, styles: Array, convolve: Callable[[Array, Any], Array] = conv3x3
 ) -> Array:
-    """Convolution whose input channels are scaled by `styles` [N, I], demodulated to unit gain (paper, eq. 1-3).
+    """Convolution whose input channels are scaled by styles, demodulated to unit gain (equations 1 to 3 of the paper).
 
-    It runs in the precision of `x`; the result is float32.
+    Args:
+      x: [N, H, W, I]; the convolution runs in its precision.
+      weight: [3, 3, I, O], or prepacked.
+      styles: [N, I].
+      convolve: `conv3x3` or `up_conv`.
+
+    Returns:
+      float32 [N, H, W, O], or [N, 2H, 2W, O] for `up_conv`.
     """
-    frozen = isinstance(weight, FrozenConv)
-    kernel, energy = weight if frozen else (weight, kernel_energy(weight))
+    chex.assert_rank([x, styles], [4, 2])
+    kernel, energy = weight if isinstance(weight, PrepackedConv) else (weight, kernel_energy(weight))
     gain = lax.rsqrt(jnp.square(styles) @ energy + 1e-8)  # [N, O]
     scaled = (x.astype(jnp.float32) * styles[:, None, None, :]).astype(x.dtype)
     kernel = jax.tree.map(lambda form: form.astype(x.dtype), kernel)
@@ -177,7 +190,7 @@ def modulated_conv(
 
 def _activate(x: Array, bias: Array, clamp: float | None) -> Array:
     x = x + bias
-    return _clamp(x * jnp.where(x >= 0, _SQRT2, 0.2 * _SQRT2), clamp)  # leaky ReLU and its gain
+    return _clamp(x * jnp.where(x >= 0, _SQRT2, 0.2 * _SQRT2), clamp)  # leaky ReLU times its gain
 
 
 def _clamp(x: Array, limit: float | None) -> Array:
@@ -185,14 +198,15 @@ def _clamp(x: Array, limit: float | None) -> Array:
 
 
 def _normalize(x: Array) -> Array:
+    """Scales the last axis to a mean square of 1."""
     return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-8)
 
 
-# --- layers ---
+# --- blocks ---
 
 
 class Dense(nn.Module):
-    """Dense layer with equalised learning rate: stored weights are 1 / `lr_multiplier` times larger."""
+    """Dense layer with equalized learning rate: weights are stored without the factor lr_multiplier / sqrt(inputs)."""
 
     features: int
     lr_multiplier: float = 1.0
@@ -207,7 +221,7 @@ class Dense(nn.Module):
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated 3x3 convolution, noise, bias, leaky ReLU; `up` doubles the size."""
+    """Modulated 3x3 convolution, noise, bias and leaky ReLU; `up` doubles height and width."""
 
     features: int
     resolution: int
@@ -224,8 +238,8 @@ class SynthesisLayer(nn.Module):
         size = (self.resolution, self.resolution)
         noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
         noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
-        frozen = self.get_variable("frozen", "conv")
-        x = modulated_conv(x, weight if frozen is None else frozen, styles, self.up_conv if self.up else conv3x3)
+        prepacked = self.get_variable("prepacked", "conv")
+        x = modulated_conv(x, weight if prepacked is None else prepacked, styles, self.up_conv if self.up else conv3x3)
         if noise == "const":
             x = x + (noise_const * noise_strength)[None, :, :, None]
         elif noise == "random":
@@ -235,7 +249,7 @@ class SynthesisLayer(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to the image's channels, not demodulated."""
+    """Modulated 1x1 convolution to the image's channels, without demodulation."""
 
     features: int
     conv_clamp: float | None
@@ -246,22 +260,14 @@ class ToRGB(nn.Module):
         styles = Dense(fan_in, bias_init=1.0, name="affine")(w) / math.sqrt(fan_in)
         weight = self.param("weight", nn.initializers.normal(1.0), (1, 1, fan_in, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        # Few outputs: scaling the weights instead of x saves a pass over x.
+        # With few outputs, scaling the weights rather than x saves a pass over x.
         kernel = (styles[:, :, None] * weight[0, 0]).astype(x.dtype)
         rgb = jnp.einsum("nhwi,nio->nhwo", x, kernel, preferred_element_type=jnp.float32)
         return _clamp(rgb + bias, self.conv_clamp)
 
 
-# --- networks ---
-
-
-def _is_high(config: StyleGAN2Config, resolution: int) -> bool:
-    """Whether it is one of the four highest resolutions, which may run in half precision."""
-    return resolution in config.block_resolutions[-4:]
-
-
 class SynthesisBlock(nn.Module):
-    """One resolution: its layers, and its RGB added to the upsampled image so far."""
+    """The layers of one resolution, and their RGB, added to the upsampled image of the previous block."""
 
     config: StyleGAN2Config
     resolution: int
@@ -288,7 +294,17 @@ class SynthesisBlock(nn.Module):
         return x, rgb if image is None else upsample(image) + rgb
 
 
+# --- network ---
+
+
+def _is_high(config: StyleGAN2Config, resolution: int) -> bool:
+    """Whether `resolution` is among the four highest, which may run in half precision."""
+    return resolution in config.block_resolutions[-4:]
+
+
 class SynthesisNetwork(nn.Module):
+    """From styles to an image; see `synthesize`."""
+
     config: StyleGAN2Config
     up_conv: Callable[[Array, Array], Array] = up_conv
     half_precision: bool = False
@@ -328,6 +344,8 @@ class SynthesisNetwork(nn.Module):
 
 
 class MappingNetwork(nn.Module):
+    """From z to styles; see `map_z`."""
+
     config: StyleGAN2Config
 
     @nn.compact
@@ -338,7 +356,7 @@ class MappingNetwork(nn.Module):
         x = _normalize(z)
         if cfg.c_dim:
             if c is None:
-                raise ValueError(f"this generator is conditional: give labels c of shape [N, {cfg.c_dim}]")
+                raise ValueError(f"this generator is conditional: pass labels c of shape [N, {cfg.c_dim}]")
             x = jnp.concatenate([x, _normalize(Dense(cfg.w_dim, name="embed")(c))], -1)
         for i in range(cfg.mapping_layers):
             x = Dense(cfg.w_dim, lr_multiplier=0.01, name=f"fc{i}")(x)
@@ -350,10 +368,12 @@ class MappingNetwork(nn.Module):
 
 
 class Generator(nn.Module):
-    """The whole network; use it through `init`, `map_z` and `synthesize` below, which take `(config, params, …)`.
+    """Mapping and synthesis network; use it through the functions below, which take `(config, params, …)`.
 
-    `up_conv`: the form of the up-convolutions, `up_conv` (inference, inversion) or `up_conv_folded` (training).
-    `half_precision`: whether the four highest resolutions run in bfloat16.
+    Attributes:
+      config: sizes of the generator.
+      up_conv: form of the up-convolutions, `up_conv` (inference, inversion) or `up_conv_folded` (training).
+      half_precision: whether to run the four highest resolutions in bfloat16.
     """
 
     config: StyleGAN2Config
@@ -396,27 +416,42 @@ class Generator(nn.Module):
         return self.synthesis(ws, noise, key, offsets or {}, features or {}, masks or {}, max_resolution)
 
 
+# --- functions ---
+
+
 def init(config: StyleGAN2Config, *, key: Array) -> Params:
-    """Random parameters as training starts from; a nested dict whose names read like this file."""
+    """Random parameters, as at the start of training: a nested dict named after the modules of this file."""
     c = jnp.zeros((1, config.c_dim)) if config.c_dim else None
     return Generator(config).init(key, jnp.zeros((1, config.z_dim)), c)["params"]
 
 
-def freeze(config: StyleGAN2Config, params: Params, *, half_precision: bool = False) -> Params:
-    """`params` with what `synthesize` would otherwise compute from its kernels at every call; for many calls.
+def prepack(
+    config: StyleGAN2Config, params: Params, *, half_precision: bool = False, minimal: bool | None = None
+) -> Params:
+    """Transforms the kernels once for many calls of `synthesize`.
 
-    The images are the same, with the same `half_precision`; the kernels' gradient is zero.
+    The images stay the same up to rounding. The gradient with respect to the kernels becomes zero.
+
+    Args:
+      config: sizes of the generator.
+      params: as returned by `init` or converted from a checkpoint.
+      half_precision: as it will be passed to `synthesize`.
+      minimal: see `convolution.prepack`.
+
+    Returns:
+      `params` with the entry "prepacked".
     """
-    blocks: dict[str, dict[str, dict[str, FrozenConv]]] = {}
+    blocks: dict[str, dict[str, dict[str, PrepackedConv]]] = {}
     for r in config.block_resolutions:
         block = blocks[f"b{r}"] = {}
-        forms = {"conv0": (convolution.freeze_up, r // 2), "conv1": (convolution.freeze, r)}
-        for name, (form, size) in forms.items():
+        layers = {"conv0": (convolution.prepack_up, r // 2), "conv1": (convolution.prepack, r)}
+        for name, (transform, size) in layers.items():
             if name in params["synthesis"][f"b{r}"]:
                 weight = params["synthesis"][f"b{r}"][name]["weight"]
                 used = weight.astype(jnp.bfloat16) if half_precision and _is_high(config, r) else weight
-                block[name] = {"conv": FrozenConv(form(used, size, size), kernel_energy(weight))}
-    return {**params, "frozen": {"synthesis": blocks}}
+                kernel = transform(used, size, size, minimal=minimal)
+                block[name] = {"conv": PrepackedConv(kernel, kernel_energy(weight))}
+    return {**params, "prepacked": {"synthesis": blocks}}
 
 
 def map_z(
@@ -428,21 +463,21 @@ def map_z(
     truncation_psi: Array | float = 1.0,
     truncation_cutoff: int | None = None,
 ) -> Array:
-    """Styles of `z`.
+    """Maps z to styles.
 
     Args:
       config: sizes of the generator.
-      params: as `init` or a converted checkpoint gives them.
+      params: as returned by `init` or converted from a checkpoint.
       z: [N, z_dim], standard normal.
-      c: [N, c_dim] labels (one-hot), for conditional generators.
-      truncation_psi: 1 keeps the styles, 0 gives the average one.
-      truncation_cutoff: how many of the first styles are truncated; None for all.
+      c: [N, c_dim], one-hot labels for a conditional generator.
+      truncation_psi: interpolates between the average style (0) and the style of `z` (1).
+      truncation_cutoff: number of leading styles to truncate; default: all.
 
     Returns:
       [N, num_ws, w_dim].
 
     Raises:
-      ValueError: a conditional generator without labels.
+      ValueError: If the generator is conditional and `c` is missing.
     """
     return Generator(config).apply(
         flax_variables(params), z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, method="map_z"
@@ -461,27 +496,28 @@ def synthesize(
     masks: Mapping[int, Array] | None = None,
     half_precision: bool = False,
 ) -> Synthesis:
-    """Images of styles, with block outputs shifted or replaced on the way.
+    """Renders styles, optionally shifting or replacing the outputs of blocks.
 
-    At a resolution r, after the block's RGB was taken, its output x becomes x + offsets[r] * masks[r], then
-    x (1 - masks[r]) + features[r] * masks[r]: both act on the blocks that follow. Without a mask, everywhere.
+    The output x of the block at resolution r first becomes x + offsets[r] * masks[r], then
+    x * (1 - masks[r]) + features[r] * masks[r]. Both change only the blocks that follow, not the RGB of the block
+    itself.
 
     Args:
       config: sizes of the generator.
-      params: as `init`, a converted checkpoint or `freeze` gives them.
+      params: as returned by `init` or `prepack`, or converted from a checkpoint.
       ws: [N, num_ws, w_dim].
       noise: "const" for the stored noise, "none", or "random".
       noise_key: for random noise.
       offsets: {r: [N, r, r, channels(r)]}.
-      features: the same.
-      masks: {r: [N, r, r, 1]}.
-      half_precision: runs the four highest resolutions in bfloat16.
+      features: {r: [N, r, r, channels(r)]}.
+      masks: {r: [N, r, r, 1]} in [0, 1]; 1 at resolutions that are not given.
+      half_precision: whether to run the four highest resolutions in bfloat16.
 
     Returns:
-      `Synthesis`: the image [N, R, R, C], in [-1, 1] up to overshoot, and each block's output.
+      The image, in [-1, 1] give or take some overshoot, and the output of each block.
 
     Raises:
-      ValueError: random noise without a key, or an unknown kind of noise.
+      ValueError: If `noise` is unknown, or random without `noise_key`.
     """
     return Generator(config, half_precision=half_precision).apply(
         flax_variables(params), ws, noise=noise, noise_key=noise_key, offsets=offsets, features=features, masks=masks,

@@ -1,4 +1,4 @@
-"""Pictures of a training: true and predicted maps, and the curves of its figures."""
+"""Figures of a training run: true and predicted maps, pairs of images, and curves of its metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samjax.io.images import to_uint8
-from samjax.io.sheets import INK, LINE, MUTED, Sheet, heat, resize
+from samjax.report.sheets import INK, LINE, MUTED, Sheet, heat, resize
 
 Uint8 = NDArray[np.uint8]
 
@@ -19,16 +19,16 @@ _EDGE, _GAP, _SMALL, _LARGE = 24, 10, 15, 20
 _TRAIN, _VAL = (150, 170, 195), (176, 58, 46)
 
 
-def maps_picture(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str], height: int = 128) -> Uint8:
-    """Rows of pictures: an image, and below each layer's name its true map over the predicted one.
+def maps_figure(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str], height: int = 128) -> Uint8:
+    """Images, each with the true error map of each layer above the predicted one.
 
     Args:
-      examples: images [h, w, 3] in [-1, 1], predicted maps [L, h, w], true maps [L, h, w].
-      latent_names: of the layers.
-      height: of each picture in the result.
+      examples: (image [h, w, 3] in [-1, 1], predicted maps [L, h, w], true maps [L, h, w]) for each row.
+      latent_names: names of the L layers.
+      height: height in pixels of each image in the figure.
 
     Returns:
-      uint8 [H, W, 3]; all maps of the picture have one colour scale.
+      uint8 [H, W, 3]; all maps share one colour scale.
     """
     width = round(height * examples[0][0].shape[1] / examples[0][0].shape[0])
     high = max(float(np.max(true)) for _, _, true in examples) or 1.0
@@ -46,29 +46,44 @@ def maps_picture(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Seque
             sheet.text(_EDGE, y + height // 2 - 8, label, _SMALL, MUTED)
             for i, one in enumerate(maps):
                 sheet.image(_EDGE + side + (i + 1) * step, y, resize(heat(one, high), height, width))
-    sheet.text(_EDGE + side, sheet.height - _EDGE - 10, f"LPIPS error, dark 0 to light {high:.2f}", _SMALL, MUTED)
+    sheet.text(
+        _EDGE + side, sheet.height - _EDGE - 10, f"LPIPS error, from 0 (dark) to {high:.2f} (light)", _SMALL, MUTED
+    )
     return sheet.array()
 
 
-def pairs_picture(first: np.ndarray, second: np.ndarray, names: tuple[str, str], height: int = 160) -> Uint8:
-    """Two rows of images [N, h, w, 3] in [-1, 1], one below the other; uint8 [H, W, 3]."""
+def pairs_figure(first: np.ndarray, second: np.ndarray, names: tuple[str, str], height: int = 160) -> Uint8:
+    """Two rows of images, each image of `first` above its counterpart in `second`.
+
+    Args:
+      first: images [N, h, w, 3] in [-1, 1].
+      second: images [N, h, w, 3] in [-1, 1].
+      names: titles of the two rows.
+      height: height in pixels of each image in the figure.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
     width = round(height * first.shape[2] / first.shape[1])
     side = 130
     sheet = Sheet(2 * _EDGE + side + (width + _GAP) * len(first) - _GAP, 2 * _EDGE + 2 * height + _GAP)
-    for row, (name, pictures) in enumerate(zip(names, (first, second), strict=True)):
+    for row, (name, images) in enumerate(zip(names, (first, second), strict=True)):
         y = _EDGE + row * (height + _GAP)
         sheet.text(_EDGE, y + height // 2 - 8, name, _SMALL, MUTED)
-        for i, picture in enumerate(pictures):
-            sheet.image(_EDGE + side + i * (width + _GAP), y, resize(to_uint8(picture), height, width))
+        for i, image in enumerate(images):
+            sheet.image(_EDGE + side + i * (width + _GAP), y, resize(to_uint8(image), height, width))
     return sheet.array()
 
 
-def curve_picture(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str, str]]) -> Uint8:
-    """The course of figures over the steps, in training and in validation.
+def curve_figure(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str, str]]) -> Uint8:
+    """Curves of metrics over the steps of a training run, on logarithmic scales.
 
     Args:
-      rows: figures by step, as `samjax.io.runs.Log` has them.
-      panels: title, name of the figure in training, and in validation, of each.
+      rows: metrics by step ("step" and their names), as `samjax.training.checkpoints.Log` holds them.
+      panels: (title, name of the training metric, name of the validation metric) for each panel.
+
+    Returns:
+      uint8 [H, W, 3].
     """
     width, height, left = 900, 260, 80
     sheet = Sheet(width, 2 * _EDGE + len(panels) * (height + 60))

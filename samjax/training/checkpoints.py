@@ -1,4 +1,4 @@
-"""A training run on disk: its state in Orbax checkpoints, and its figures."""
+"""The files of a training run: its states as Orbax checkpoints, and its metrics."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ from samjax.io import files
 
 
 class Checkpoints:
-    """States of a run: the last one and the best one, written while the run goes on.
+    """The last and the best state of a run, written in the background; a context manager.
 
-    A state is whole or not there: Orbax writes beside and renames. A context manager.
+    A state is complete or absent, because Orbax renames it when it is written.
     """
 
-    def __init__(self, folder: Path, best: str) -> None:
-        """`folder` is made if missing; the best state is that with the lowest figure `best`."""
+    def __init__(self, directory: Path, best: str) -> None:
+        """Opens the checkpoints of a directory, which is created if it is missing.
+
+        Args:
+          directory: the directory.
+          best: name of the metric that is lowest for the best state.
+        """
         import orbax.checkpoint as ocp
 
-        files.output_folder(folder)
+        files.output_folder(directory)
         self._best = best
         keep = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+            directory.absolute(),
             item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy([
                     keep.LatestN(1),
-                    keep.BestN(get_metric_fn=lambda figures: figures[best], reverse=True, n=1),
+                    keep.BestN(get_metric_fn=lambda metrics: metrics[best], reverse=True, n=1),
                 ]),
-                best_fn=lambda figures: figures[best],
+                best_fn=lambda metrics: metrics[best],
                 best_mode="min",
             ),
         )  # fmt: skip
@@ -42,43 +47,47 @@ class Checkpoints:
 
     @property
     def last(self) -> int | None:
-        """The step of the last whole state."""
+        """The step of the last state; None if there is none."""
         return self._manager.latest_step()
 
     @property
     def best(self) -> int | None:
-        """The step of the best state."""
+        """The step of the best state; None if there is none."""
         return self._manager.best_step()
 
-    def save(self, step: int, state: Any, figures: Mapping[str, float] | None = None) -> None:
-        """Begins to write a state; returns before it is written.
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to write a state; returns before it is written.
 
         Args:
-          step: its number.
-          state: a pytree of arrays.
-          figures: of its validation; a state without can be the last one, but not the best.
+          step: number of steps taken.
+          state: pytree of arrays.
+          metrics: metrics of its validation. Without them, the state cannot become the best one.
 
         Raises:
-          UserError: the disk refuses.
+          UserError: the state cannot be written.
         """
-        metrics = {self._best: float("inf"), **(figures or {})}
+        metrics = {self._best: float("inf"), **(metrics or {})}
         try:
             self._manager.save(step, args=self._args.StandardSave(state), metrics=metrics, force=True)
         except OSError as error:
             raise UserError(f"cannot write {self._manager.directory}: {error.strerror or error}") from error
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, with shapes, types and places of the arrays of `like`.
+        """Reads the state of a step.
+
+        Args:
+          step: number of steps taken.
+          like: a state with the shapes, types and shardings of the result.
 
         Raises:
-          UserError: it is damaged, or of a predictor of another size.
+          UserError: the state is damaged, or has arrays of other shapes.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         shapes = lambda tree: sorted(tuple(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
         try:
-            # Orbax reads all arrays at once, and what waits when one does not fit complains much later.
+            # Checked first: Orbax reads all arrays concurrently, and reports the first mismatch late.
             if shapes(self._manager.item_metadata(step)) != shapes(like):
-                raise ValueError("it has arrays of other shapes")
+                raise ValueError("its arrays have other shapes")
             return self._manager.restore(step, args=self._args.StandardRestore(abstract))
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:160]
@@ -87,7 +96,11 @@ class Checkpoints:
             ) from error
 
     def wait(self) -> None:
-        """Waits until everything is written. Raises UserError if the disk refuses."""
+        """Waits until all states are written.
+
+        Raises:
+          UserError: a state cannot be written.
+        """
         try:
             self._manager.wait_until_finished()
         except OSError as error:
@@ -97,36 +110,44 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for what is being written, however the block ends, and lets go."""
+        """Waits for states that are being written, also after an error, and closes the checkpoints."""
         self._manager.close()
 
 
 class Log:
-    """Figures by step: one JSON object a line, and TensorBoard's files beside it.
+    """The metrics of a run, one JSON object per line, and the same for TensorBoard; a context manager.
 
-    What an earlier run wrote after the step at which this one goes on is dropped: it comes again. A context manager.
+    Attributes:
+      path: file of the JSON objects.
+      rows: all metrics so far, each with its step.
     """
 
-    def __init__(self, folder: Path, step: int, write: bool = True) -> None:
-        """Goes on after `step` of what is in `folder`; without `write` the figures are kept in memory alone."""
-        self.path = files.output_folder(folder) / "metrics.jsonl"
+    def __init__(self, directory: Path, step: int, write: bool = True) -> None:
+        """Opens the log of a directory.
+
+        Args:
+          directory: the directory.
+          step: the step after which the run resumes. Metrics of later steps, by a run that was stopped, are dropped.
+          write: whether to write files; otherwise metrics are kept in memory only.
+        """
+        self.path = files.output_folder(directory) / "metrics.jsonl"
         self.rows = [row for row in _rows(self.path) if row["step"] <= step]
         self._board = None
         if write:
             files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Adds the figures of a step."""
-        row = {"step": step, **{name: float(value) for name, value in figures.items()}}
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of a step."""
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         self.rows.append(row)
         if self._board is None:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._board.add_scalar(name, float(value), step)
 
     def __enter__(self) -> Log:
@@ -147,7 +168,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # the last line of a run that was killed
+            continue  # an incomplete last line of a killed run
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows

@@ -1,12 +1,13 @@
 """Trains the demo's generator: a small StyleGAN2 that draws the scenes of `samjax.demo.scenes`.
 
-    python experiments/train_demo_generator.py --output_path runs/demo_generator
+    python experiments/demo/train_generator.py --output_path runs/demo_generator
 
-No adversary: z is the vector of factors, the renderer says what the picture must be, and the network learns it by
-regression, coarse to fine. Most is learned at 32 and 64 px, where a picture costs little. Convolutions and square
-matrices are trained by Muon (Jordan et al. 2024; orthogonalised momentum), the rest by Adam. Takes about an hour and a
-half on two CPU cores; stopped at any time, the same command goes on where it was. Writes `generator.safetensors` and
-`preview.png` (renderer above, generator below).
+Writes `generator.safetensors` and `preview.png` (renderer above, generator below) in about an hour and a half on two
+CPU cores. After an interruption the same command resumes.
+
+There is no discriminator: z is the vector of factors, the renderer draws the image that belongs to it, and the network
+learns it by regression, from coarse to fine. It learns most at 32 and 64 px, where images are cheap. Convolutions and
+square matrices are trained by Muon (Jordan et al. 2024; orthogonalized momentum), all other parameters by Adam.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
+from samjax import cli
 from samjax.demo import scenes
 from samjax.io import checkpoints, files, images
 from samjax.nets import stylegan2
@@ -31,17 +32,17 @@ from samjax.nets import stylegan2
 CONFIG = stylegan2.StyleGAN2Config(
     img_resolution=256, z_dim=scenes.NUM_FACTORS, w_dim=128, mapping_layers=2, channel_base=2048, channel_max=128
 )
-MAPPING_SPEED = 30.0  # equalised learning rates keep the mapping 100 times slower, for an adversary's sake
+MAPPING_SPEED = 30.0  # equalized learning rates slow the mapping down by 100, which only adversarial training needs
 
 
 class Stage(NamedTuple):
     resolution: int
     batch: int
     steps: int
-    lr: float  # Muon's, at the stage's start; falls to a tenth, in the last stage to nothing
+    lr: float  # initial learning rate of Muon; falls to a tenth, in the last stage to almost 0
     lr_adam: float
-    fade: int = 0  # steps in which the RGB of all blocks but the last goes to zero and stays there; 0: it stays
-    mix: bool = False  # whether half of the pictures take the last block's styles from another scene
+    fade: int = 0  # steps in which the RGB outputs of all blocks but the last fade to 0; 0: they do not fade
+    mix: bool = False  # whether half of the images take the last block's styles from another scene
 
 
 STAGES = (
@@ -57,14 +58,15 @@ STAGES = (
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     output_path: Path = Path("runs/demo_generator")
-    """Folder of the result and of the state to go on from."""
+    """Directory of the result and of the state from which a run resumes."""
     seed: int = 0
+    """Seed of the initial parameters and of the scenes."""
     save_seconds: float = 120.0
-    """Time between two saved states."""
+    """Seconds between saved states."""
     eval_scenes: int = 32
-    """Held-out scenes that the printed PSNR is measured on."""
+    """Number of held-out scenes on which PSNR is measured."""
     stages: tuple[Stage, ...] = STAGES
-    """Resolution, batch, steps, learning rate (Muon's and Adam's) of each stage."""
+    """Resolution, batch size, steps and learning rates (of Muon and Adam) of each stage."""
 
 
 class State(NamedTuple):
@@ -80,18 +82,18 @@ def pool(x: Array) -> Array:
 
 
 def targets(z: Array, resolution: int) -> Array:
-    """The scenes of `z` [N, K] at `resolution`, drawn at twice the size where that smooths; [N, R, R, 3]."""
+    """Scenes [N, R, R, 3] of `z` [N, K]; those below full resolution are drawn at twice the size and reduced."""
     if resolution == CONFIG.img_resolution:
         return jax.vmap(lambda z: scenes.render(z, resolution).image)(z)
     return pool(jax.vmap(lambda z: scenes.render(z, 2 * resolution).image)(z))
 
 
 def generate(params: stylegan2.Params, z: Array, resolution: int, mix: bool = False) -> Array:
-    """The generator's picture of `z`, from its blocks up to `resolution`; [N, R, R, 3].
+    """The generator's images [N, R, R, 3] of `z`, from its blocks up to `resolution`.
 
-    With `mix`, every second picture takes the last block's styles from its neighbour. What must come out stays the
-    same, so the network learns to decide colours before that block, where the F layers can hold them (style mixing:
-    Karras et al. 2019, section 3.1).
+    With `mix`, every second image takes the last block's styles from its neighbor, with the same target. So the network
+    learns to decide colors before that block, where F layers can hold them (style mixing: Karras et al. 2019, section
+    3.1).
     """
 
     def run(module: stylegan2.Generator, z: Array) -> Array:
@@ -105,10 +107,11 @@ def generate(params: stylegan2.Params, z: Array, resolution: int, mix: bool = Fa
 
 
 def faded(params: Any, stage: Stage, step: Array) -> Any:
-    """`params` with the RGB of the lower blocks scaled as the stage wants it at a step.
+    """`params` with the RGB outputs of the lower blocks scaled as at a step of a stage.
 
-    Coarse to fine leaves most of the colour to coarse blocks, where no F layer can reach it. Networks trained all at
-    once make it in their last blocks (Karras et al. 2020, figure 8), and so does this one in the end.
+    Training from coarse to fine leaves most of the color to coarse blocks, where no F layer can change it. Networks
+    trained at full resolution make it in their last blocks (Karras et al. 2020, figure 8), and so does this one after
+    fading.
     """
     if not stage.fade:
         return params
@@ -123,7 +126,7 @@ def faded(params: Any, stage: Stage, step: Array) -> Any:
 
 
 def image_loss(x: Array, y: Array) -> Array:
-    """Absolute and squared error, and absolute error of the gradients, over three scales."""
+    """Absolute and squared error, and absolute error of the image gradients, summed over three scales."""
     total = jnp.zeros(())
     for _ in range(3):
         d = x - y
@@ -146,18 +149,18 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def active(params: Any, resolution: int) -> Any:
-    """The part of `params` that pictures of `resolution` depend on."""
+    """The part of `params` on which images of `resolution` depend."""
     blocks = {name: block for name, block in params["synthesis"].items() if int(name[1:]) <= resolution}
     return {"mapping": params["mapping"], "synthesis": blocks}
 
 
 def make_optimizer(stage: Stage, last: bool) -> optax.GradientTransformation:
-    """Muon and Adam with a warm-up and a half cosine; the mapping's equalised rate is mended."""
+    """Muon and Adam with a warm-up and half a cosine, and a higher learning rate for the mapping network."""
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, peak, 30, stage.steps, peak * (0.005 if last else 0.1))
 
-    def quicken(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def speed_up(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return {**updates, "mapping": jax.tree.map(lambda u: MAPPING_SPEED * u, updates["mapping"])}, state
 
     muon = optax.contrib.muon(
@@ -166,12 +169,12 @@ def make_optimizer(stage: Stage, last: bool) -> optax.GradientTransformation:
         adam_b2=0.99,
         muon_weight_dimension_numbers=_muon_dimensions,
     )
-    return optax.chain(muon, optax.GradientTransformation(lambda params: optax.EmptyState(), quicken))
+    return optax.chain(muon, optax.GradientTransformation(lambda params: optax.EmptyState(), speed_up))
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "last", "seed"), donate_argnames="state")
 def train_step(state: State, *, stage: Stage, last: bool, seed: int) -> tuple[State, Array]:
-    """One step on fresh scenes; which ones depends on the step's number alone, so that a resumed run sees the same."""
+    """One step on new scenes, which depend on the number of the step only, so that a resumed run sees the same."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage.resolution), state.step)
     z = jax.random.normal(key, (stage.batch, CONFIG.z_dim))
     target = targets(z, stage.resolution)
@@ -189,12 +192,12 @@ def train_step(state: State, *, stage: Stage, last: bool, seed: int) -> tuple[St
 
 @functools.partial(jax.jit, static_argnames="resolution")
 def preview(params: stylegan2.Params, z: Array, resolution: int) -> tuple[Array, Array]:
-    """Scenes and the generator's pictures of `z`, both [N, R, R, 3] in [-1, 1]."""
+    """Scenes and the generator's images of `z`, both [N, R, R, 3] in [-1, 1]."""
     return targets(z, resolution), jnp.clip(generate(params, z, resolution), -1, 1)
 
 
 def held_out(params: stylegan2.Params, count: int, resolution: int) -> tuple[float, np.ndarray]:
-    """Mean PSNR in decibels over `count` scenes that training never draws, and a sheet of the first eight."""
+    """Mean PSNR in decibels over `count` held-out scenes, and a figure of the first eight."""
     z = jax.random.normal(jax.random.key(2**31 - 1), (count, CONFIG.z_dim))
     pairs = [preview(params, z[i : i + 8], resolution) for i in range(0, count, 8)]
     mse = np.concatenate([np.square(np.asarray(a - b)).mean((1, 2, 3)) for a, b in pairs])
@@ -210,22 +213,22 @@ def save_state(path: Path, index: int, state: State) -> None:
 def load_state(path: Path, args: Arguments) -> tuple[int, State]:
     with np.load(path, allow_pickle=False) as saved:
         index = int(saved["stage"])
-        like = jax.eval_shape(lambda: fresh(index, first_params(0), args))
+        like = jax.eval_shape(lambda: first_state(index, first_params(0), args))
         leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(jax.tree.leaves(like)))]
     return index, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def first_params(seed: int) -> Any:
-    """Random parameters whose blocks add little to the picture until they are trained."""
+    """Random parameters whose blocks add little to the image until they are trained."""
 
-    def calm(path: tuple[Any, ...], a: Array) -> Array:
+    def damp(path: tuple[Any, ...], a: Array) -> Array:
         return 0.1 * a if "torgb" in jax.tree_util.keystr(path) and a.ndim == 4 else a
 
-    return jax.tree_util.tree_map_with_path(calm, stylegan2.init(CONFIG, key=jax.random.key(seed)))
+    return jax.tree_util.tree_map_with_path(damp, stylegan2.init(CONFIG, key=jax.random.key(seed)))
 
 
-def fresh(index: int, params: Any, args: Arguments) -> State:
-    """A stage's first state."""
+def first_state(index: int, params: Any, args: Arguments) -> State:
+    """The first state of a stage."""
     optimizer = make_optimizer(args.stages[index], index == len(args.stages) - 1)
     return State(params, optimizer.init(active(params, args.stages[index].resolution)), jnp.zeros((), jnp.int32))
 
@@ -235,34 +238,34 @@ def main(args: Arguments) -> None:
     saved = folder / "state.npz"
     if saved.exists():
         index, state = load_state(saved, args)
-        print(f"going on from stage {index} ({args.stages[index].resolution} px), step {int(state.step)}", flush=True)
+        print(f"resuming at stage {index} ({args.stages[index].resolution} px), step {int(state.step)}", flush=True)
     else:
-        index, state = 0, fresh(0, first_params(args.seed), args)
+        index, state = 0, first_state(0, first_params(args.seed), args)
     while index < len(args.stages):
         stage, last = args.stages[index], index == len(args.stages) - 1
-        began = looked = time.perf_counter()
+        start = saved_at = time.perf_counter()
         first = int(state.step)
         for step in range(first, stage.steps):
             state, loss = train_step(state, stage=stage, last=last, seed=args.seed)
             now = time.perf_counter()
-            if now - looked > args.save_seconds or step == stage.steps - 1:
-                looked = now
+            if now - saved_at > args.save_seconds or step == stage.steps - 1:
+                saved_at = now
                 psnr, sheet = held_out(faded(state.params, stage, state.step), args.eval_scenes, stage.resolution)
-                rate = (step + 1 - first) * stage.batch / (now - began)
+                rate = (step + 1 - first) * stage.batch / (now - start)
                 print(f"{stage.resolution:3d} px  step {step + 1}/{stage.steps}  loss {float(loss):.4f}  "
                       f"held-out PSNR {psnr:.2f} dB  {rate:.1f} images/s", flush=True)  # fmt: skip
                 images.save_png(folder / "preview.png", sheet)
                 save_state(saved, index, state)
         finished = jax.tree.map(np.asarray, with_mean_w(faded(state.params, stage, state.step)))
-        # Half precision: half the size, and no difference that eight bits a colour could show.
+        # Half precision halves the size, and changes no 8-bit color.
         checkpoints.save_safetensors(folder / "generator.safetensors", CONFIG, finished, dtype=np.float16)
         index += 1
         if index < len(args.stages):
-            state = fresh(index, faded(state.params, stage, state.step), args)
+            state = first_state(index, faded(state.params, stage, state.step), args)
 
 
 def with_mean_w(params: Any) -> Any:
-    """`params` with w_avg measured, for truncation."""
+    """`params` with the measured mean style `w_avg`, for truncation."""
     z = jax.random.normal(jax.random.key(1), (10_000, CONFIG.z_dim))
     w = stylegan2.map_z(CONFIG, params, z)[:, 0]
     return {**params, "mapping": {**params["mapping"], "w_avg": w.mean(0)}}

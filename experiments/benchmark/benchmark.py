@@ -154,7 +154,7 @@ class OurStep:
         settings = InversionConfig(num_opt_steps=10**6, batch_size=batch_size, precision=precision)
         self._run = inversion.run_chunk
         structure = inversion.structure(config, settings)
-        networks = inversion.freeze(structure, networks, targets.shape[1:3])
+        networks = inversion.prepack(structure, networks, targets.shape[1:3])
         batch = inversion.prepare(structure, networks, items)
         self.arguments = structure, networks, batch, inversion.hyperparameters(settings)
         self.operations = step_operations(config)

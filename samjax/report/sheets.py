@@ -1,4 +1,4 @@
-"""A small kit for pictures with text: a sheet to draw on, a colour scale, and label images made smooth."""
+"""Drawing figures with Pillow: a sheet for images and text, a colour scale, and smooth outlines of label images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Colour = tuple[int, int, int]
 
 INK, MUTED, LINE, PAPER, PANEL = (27, 31, 36), (96, 103, 112), (214, 218, 224), (255, 255, 255), (237, 243, 251)
 
-# Pillow's own font draws these, though it has few letters beyond ASCII.
+# Pillow's built-in font has few characters beyond ASCII, but it has these.
 _DRAWN = frozenset("·°…“”’")
 _SPELLED = {"–": "-", "—": "-", "−": "-", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "ß": "ss", "ø": "o", "Ø": "O"}
 
 
 class Box(NamedTuple):
-    """Something drawn: "text" or "image", and its edges in pixels; right and bottom are one past the last."""
+    """Bounding box of a "text" or "image" on a sheet, in pixels; right and bottom are exclusive."""
 
     kind: str
     left: float
@@ -33,7 +33,7 @@ class Box(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """`text` in the letters of Pillow's own font: accents dropped, some signs spelled, "?" for all others."""
+    """`text` in the characters of Pillow's built-in font: accents are dropped, others are spelled out or become "?"."""
     shown = []
     for letter in " ".join(text.split()):
         known = letter if letter in _DRAWN else _SPELLED.get(letter)
@@ -46,9 +46,9 @@ def printable(text: str) -> str:
 
 
 def heat(values: ArrayLike, high: float) -> Uint8:
-    """Colours [..., 3] for values from 0 (dark blue) over red to `high` (light yellow); higher is always lighter.
+    """Maps values from 0 to `high` to colours from dark blue through red to light yellow, uint8 [..., 3].
 
-    Lightness rises evenly (in Oklch), so that the scale reads the same in grey and for colour-blind eyes.
+    Lightness rises evenly (in Oklch), so that the scale can be read in greyscale and by colour-blind readers.
     """
     ramp = np.linspace(0, 1, 256)
     chroma = 0.08 + 0.11 * np.sin(np.pi * ramp) ** 0.7
@@ -58,7 +58,7 @@ def heat(values: ArrayLike, high: float) -> Uint8:
 
 
 def resize(image: Uint8, height: int, width: int) -> Uint8:
-    """`image` [h, w, 3] at another size: smooth when enlarged, sharp when reduced."""
+    """Resizes `image` [h, w, 3]: bicubic when enlarging, Lanczos when reducing."""
     if image.shape[:2] == (height, width):
         return image
     enlarged = height * width > image.shape[0] * image.shape[1]
@@ -67,18 +67,18 @@ def resize(image: Uint8, height: int, width: int) -> Uint8:
 
 
 def smooth_labels(labels: NDArray[np.integer], height: int, width: int) -> NDArray[np.int32]:
-    """A label image [h, w] at another size, its outlines smooth rather than in steps."""
+    """Resizes a label image [h, w] with smooth outlines rather than the staircase of nearest neighbours."""
     scale_y, scale_x = height / labels.shape[0], width / labels.shape[1]
-    margin = 3 + math.ceil(4 * max(1.0, 1 / scale_y, 1 / scale_x))  # what the filters see beyond a pixel
+    margin = 3 + math.ceil(4 * max(1.0, 1 / scale_y, 1 / scale_x))  # reach of the filters around a pixel
     best = np.zeros((height, width), np.float32)
     chosen = np.full((height, width), labels.flat[0], np.int32)
     for label in np.unique(labels):
-        # Only where the label is: there can be hundreds.
+        # Only around the label: there can be hundreds.
         inside = labels == label
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         y0, x0 = max(0, int(rows[0]) - 2 * margin), max(0, int(columns[0]) - 2 * margin)
         mask = Image.fromarray(inside[y0 : rows[-1] + 1 + 2 * margin, x0 : columns[-1] + 1 + 2 * margin])
-        # Steps of one pixel are rounded off, lines of one pixel stay.
+        # Rounds off steps of one pixel, but keeps lines of one pixel.
         mask = mask.convert("L").filter(ImageFilter.GaussianBlur(0.7))
         top, left = (
             max(0, math.floor((rows[0] - margin) * scale_y)),
@@ -96,20 +96,20 @@ def smooth_labels(labels: NDArray[np.integer], height: int, width: int) -> NDArr
 
 
 def outlines(labels: NDArray[np.integer], thickness: int) -> NDArray[np.bool_]:
-    """Where labels meet: bands of `thickness` pixels, centred on the edges, [H, W]."""
-    edge = np.zeros(labels.shape, bool)
-    before, after = (thickness + 1) // 2, thickness // 2
-    for axis in (0, 1):
-        along = np.moveaxis(labels, axis, 0)
-        band = np.moveaxis(edge, axis, 0)
-        for line, meets in enumerate(along[1:] != along[:-1], 1):
-            if meets.any():
-                band[max(0, line - before) : line + after] |= meets
-    return edge
+    """Boundaries between labels [H, W], as bands about `thickness` pixels wide (at least 2)."""
+    from skimage.morphology import isotropic_dilation
+    from skimage.segmentation import find_boundaries
+
+    return isotropic_dilation(find_boundaries(labels, mode="thick"), thickness / 2 - 1)
 
 
 class Sheet:
-    """A white sheet to draw on, in pixels from the upper left; remembers the boxes of texts and images."""
+    """A white canvas for text and images, in pixels from the upper left corner.
+
+    Attributes:
+      width, height: size in pixels.
+      boxes: bounding boxes of everything drawn so far.
+    """
 
     def __init__(self, width: int, height: int):
         self.width, self.height = width, height
@@ -128,7 +128,7 @@ class Sheet:
         return self._font(size).getlength(printable(text))
 
     def shorten(self, text: str, size: int, width: float) -> str:
-        """`text`, or as much of it as goes into `width` pixels, with an ellipsis."""
+        """`text`, cut with an ellipsis where it is wider than `width` pixels."""
         text = printable(text)
         if self.measure(text, size) <= width:
             return text
@@ -148,18 +148,18 @@ class Sheet:
         align: Literal["left", "centre", "right"] = "left",
         strong: bool = False,
     ) -> None:
-        """One line with its upper edge at `y`, cut to `width`; `x` is its left, middle or right."""
+        """Draws a line of text below `y`, cut to `width`; by `align`, `x` is its left edge, middle or right edge."""
         font = self._font(size)
         text = printable(text) if width is None else self.shorten(text, size, width)
         anchor = {"left": "la", "centre": "ma", "right": "ra"}[align]
-        # The font has one weight; a second print beside the first makes a heavier one.
+        # The font has no bold weight: the text is drawn twice, slightly apart.
         for shift in (0.0, 0.04 * size) if strong else (0.0,):
             self._draw.text((x + shift, y), text, fill=colour, font=font, anchor=anchor)
         if text:
             self.boxes.append(Box("text", *self._draw.textbbox((x, y), text, font=font, anchor=anchor)))
 
     def paragraph(self, x: float, y: float, text: str, size: int, width: float, colour: Colour = MUTED) -> float:
-        """Lines no wider than `width`; returns where the next one would begin."""
+        """Draws text wrapped to `width`; returns the `y` of the line after it."""
         line = ""
         for word in printable(text).split():
             if line and self.measure(f"{line} {word}", size) > width:
@@ -171,26 +171,26 @@ class Sheet:
         return y + size * 1.3
 
     def image(self, x: int, y: int, image: Uint8) -> None:
-        """Pastes `image` [h, w, 3]."""
+        """Draws `image` [h, w, 3] with its upper left corner at (x, y)."""
         height, width = image.shape[:2]
         self._image.paste(Image.fromarray(image), (x, y))
         self.boxes.append(Box("image", x, y, x + width, y + height))
 
     def panel(self, left: float, top: float, right: float, bottom: float, colour: Colour, radius: float = 0) -> None:
-        """A filled rectangle, its corners rounded by `radius`."""
+        """Draws a filled rectangle with corners of `radius` pixels."""
         if radius == 0:
             self._draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
             return
-        # Pillow's round corners have steps: draw them four times as large.
+        # Pillow does not antialias: draw at four times the size and reduce.
         scale, width, height = 4, round(right - left), round(bottom - top)
         mask = Image.new("L", (width * scale, height * scale))
         ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), radius * scale, fill=255)
         self._image.paste(colour, (round(left), round(top)), mask.reduce(scale))
 
     def line(self, x0: float, y0: float, x1: float, y1: float, colour: Colour = LINE, width: int = 1) -> None:
-        """A straight line."""
+        """Draws a straight line."""
         self._draw.line((x0, y0, x1, y1), fill=colour, width=width)
 
     def array(self) -> Uint8:
-        """The picture, uint8 [H, W, 3]."""
+        """The sheet as an image, uint8 [H, W, 3]."""
         return np.array(self._image)

@@ -1,7 +1,7 @@
-"""From invertibility maps and segments to a latent layer per segment, and from there to a soft mask per layer.
+"""From error maps and segments to a latent layer for each segment, and from there to a soft mask for each layer.
 
-SAM (CVPR 2022), section 3.2: every segment takes the most editable layer whose predicted error, averaged over the
-segment, stays below a threshold.
+SAM (CVPR 2022), section 3.2: every segment takes the most editable layer whose error, averaged over the segment, is at
+most a threshold.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from samjax.latents import LatentLayer
 
 
 class Assignment(NamedTuple):
-    """Which layer each segment takes, for T thresholds; host arrays.
+    """The layer of each segment, for T thresholds; NumPy arrays.
 
     Attributes:
-      values: [S] the segments' labels, ascending, as they were given.
+      values: [S] the labels of the segments, as given, ascending.
       means: [L, S] mean of each layer's map in each segment.
       layers: [T, S] index of the layer that each segment takes.
-      layer_maps: [T, H, W] the same, painted; int32.
+      layer_maps: [T, H, W] int32, the same for each pixel.
     """
 
     values: np.ndarray
@@ -48,7 +48,7 @@ def segment_means(maps: Array, segments: Array, max_segments: int) -> Array:
     Args:
       maps: [L, H, W].
       segments: [H, W] labels from 0 to `max_segments` - 1.
-      max_segments: how many means to give; static, so that pictures with fewer segments share one program.
+      max_segments: number of means; static, so that images with fewer segments share one program.
 
     Returns:
       [L, max_segments]; infinity for labels that no pixel has, so that no threshold admits them.
@@ -58,7 +58,7 @@ def segment_means(maps: Array, segments: Array, max_segments: int) -> Array:
         inside = segments == label
         count = jnp.maximum(jnp.sum(inside), 1).astype(maps.dtype)
         mean = jnp.sum(jnp.where(inside, maps, 0.0), axis=(1, 2)) / count
-        # A second pass over what is left takes away the rounding of a long float32 sum: a map that is constant in a
+        # A second pass over the residual removes the rounding error of a long float32 sum: a map that is constant in a
         # segment has exactly that mean, and a threshold of the same value admits it.
         rest = jnp.sum(jnp.where(inside, maps - mean[:, None, None], 0.0), axis=(1, 2)) / count
         return jnp.where(jnp.any(inside), mean + rest, jnp.inf)
@@ -95,7 +95,7 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
       maps: [L, H, W] error maps, the most editable layer first.
       segments: [H, W] labels of any integer values.
       taus: [T] thresholds, or one.
-      max_segments: pictures with more segments are computed with the next power of two.
+      max_segments: images with more segments are computed with the next power of two.
 
     Raises:
       ValueError: maps and segments of different size.
@@ -111,12 +111,12 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
 
 
 def force_layers(assignment: Assignment, segments: ArrayLike, forced: Mapping[int, int]) -> Assignment:
-    """Gives some segments another layer, at every threshold.
+    """Gives some segments a layer of the caller's choice, at every threshold.
 
     Args:
       assignment: of `assign_layers`.
-      segments: [H, W] labels, as they were given there.
-      forced: label to index of a layer; labels that no pixel has are passed over.
+      segments: [H, W] labels, as given to it.
+      forced: label to index of a layer; labels that no pixel has are ignored.
     """
     labels, values = contiguous(segments)
     layers = np.array(assignment.layers)
@@ -126,13 +126,13 @@ def force_layers(assignment: Assignment, segments: ArrayLike, forced: Mapping[in
 
 
 def unique_layer_maps(layer_maps: ArrayLike) -> tuple[list[int], list[int]]:
-    """Which layer maps are worth an optimisation.
+    """Finds equal layer maps, which need only one optimization.
 
     Args:
-      layer_maps: [T, H, W], one a threshold.
+      layer_maps: [T, H, W], one for each threshold.
 
     Returns:
-      The indices of the first of each kind, in order; and for each of the T its position among them.
+      Indices of the first of each distinct map, in order; and for each of the T maps its position among these.
     """
     seen: dict[bytes, int] = {}
     first: list[int] = []
@@ -146,7 +146,7 @@ def unique_layer_maps(layer_maps: ArrayLike) -> tuple[list[int], list[int]]:
 
 
 def letterbox(mask: np.ndarray) -> np.ndarray:
-    """Pads the shorter side of [H, W] with zeros, alike on both ends, to a square."""
+    """Pads the shorter side of [H, W] with zeros, equally on both ends, to a square."""
     height, width = mask.shape
     size = max(height, width)
     top, left = (size - height) // 2, (size - width) // 2

@@ -1,4 +1,4 @@
-"""The report: what came out of an inversion in one HTML file that needs no network, to be looked at and operated."""
+"""The report of an inversion: a single interactive HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, features
 
-from samjax.io import sheets
 from samjax.io.images import to_uint8
-from samjax.io.results import (
+from samjax.report import sheets
+from samjax.report.content import (
     LAYER_MEANINGS,
     METHOD_CAPTIONS,
     METRICS,
-    Result,
+    Content,
     admits,
     by_share,
     fitted,
@@ -38,7 +36,11 @@ from samjax.io.results import (
     strength_text,
     strongest_edit,
 )
-from samjax.io.sheets import Uint8
+from samjax.report.sheets import Uint8
+
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
 
 _BYTES = 4_500_000
 _SIDES = (1024, 768, 512, 384, 256, 192)
@@ -47,16 +49,16 @@ _LINES: Mapping[str, tuple[str, str]] = {
     "F10": ("var(--f10)", "2 3"),
     "SAM": ("var(--accent)", "none"),
 }
-"""Colour and dashes of a method's loss."""
+"""Colour and dash pattern of a method's curve."""
 
 
 def css(colour: Sequence[int]) -> str:
-    """A colour [3], 0 to 255, as "#rrggbb"."""
+    """A colour (red, green, blue; 0 to 255) as "#rrggbb"."""
     return "#{:02x}{:02x}{:02x}".format(*(int(value) for value in colour))
 
 
 def ink_on(colour: Sequence[int]) -> str:
-    """Black or white, whichever is easier to read on the colour."""
+    """Black or white, whichever is easier to read on `colour`."""
     linear = [(value / 255) ** 2.2 for value in colour]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.18 else "#ffffff"
@@ -66,7 +68,7 @@ def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-# --- pictures: each is in the file once, and shown by reference ---
+# --- images: each is in the file once, and shown by reference ---
 
 
 def _data_uri(image: Uint8) -> str:
@@ -80,8 +82,8 @@ def _data_uri(image: Uint8) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-class _Pictures:
-    """The pictures of a page; those that are equal are one."""
+class _Images:
+    """The images of a page; equal images are stored once."""
 
     def __init__(self) -> None:
         self._images: dict[str, Uint8] = {}
@@ -90,14 +92,14 @@ class _Pictures:
         return len(self._images)
 
     def add(self, image: NDArray[Any]) -> str:
-        """The identifier by which the page shows a picture [H, W, 3]: uint8, or floating point in [-1, 1]."""
+        """Adds an image [H, W, 3], uint8 or floats in [-1, 1]; returns its identifier in the page."""
         array = image if image.dtype == np.uint8 else to_uint8(image)
         name = f"p{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
         self._images.setdefault(name, array)
         return name
 
     def uris(self, side: int) -> dict[str, str]:
-        """Every picture by its identifier, reduced to `side` px where it is larger."""
+        """Identifier to data URI of every image, reduced to `side` px where larger."""
         uris = {}
         for name, image in self._images.items():
             height, width = fitted(image.shape, side, side)
@@ -106,19 +108,19 @@ class _Pictures:
 
 
 def _outline(inside: NDArray[np.bool_]) -> str:
-    """The borders of a region [H, W] as an SVG path in pixels, smooth, to a third of a pixel."""
-    from skimage import measure  # slow to import, and needed here only
+    """The outline of a region [H, W] as a smooth SVG path in pixels, accurate to a third of a pixel."""
+    from skimage import measure  # slow to import
 
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if rows.size == 0:
         return ""
-    # Beyond the picture's edge a region goes on, so that smoothing does not round it there.
+    # Continue the region beyond the image, so that smoothing does not round it at the border.
     margin = 4
     part = np.pad(inside, margin, mode="edge")[rows[0] : rows[-1] + 1 + 2 * margin]
     part = part[:, columns[0] : columns[-1] + 1 + 2 * margin]
     smooth = np.asarray(Image.fromarray(part).convert("L").filter(ImageFilter.GaussianBlur(0.7)), np.float32) / 255
     if smooth.max() <= 0.5:
-        smooth = part.astype(np.float32)  # a speck, which smoothing would take away
+        smooth = part.astype(np.float32)  # a speck, which smoothing would remove
     loops = measure.find_contours(np.pad(smooth, 1), 0.5)
     corner = np.array([rows[0], columns[0]]) - margin - 0.5
     paths = []
@@ -129,11 +131,11 @@ def _outline(inside: NDArray[np.bool_]) -> str:
     return "".join(paths)
 
 
-# --- what the page says ---
+# --- the data of the page ---
 
 
 def _loss_chart(losses: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
-    """Lines of a chart of 100 x 100 units, the loss on a logarithmic scale; None if there is nothing to draw."""
+    """Curves in a chart of 100 x 100 units, on a logarithmic scale; None if there is nothing to draw."""
     series = {name: np.asarray(values, np.float64) for name, values in losses.items()}
     drawn = {name: np.isfinite(values) & (values > 0) for name, values in series.items()}
     series = {name: values for name, values in series.items() if values.size > 1 and drawn[name].any()}
@@ -145,7 +147,7 @@ def _loss_chart(losses: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
     first = max(0, bisect.bisect_right(round_numbers, points.min()) - 1)
     last = max(first + 1, bisect.bisect_left(round_numbers, points.max()))
     low, high = math.log10(round_numbers[first]), math.log10(round_numbers[last])
-    # Over many powers of ten, every third number, which is such a power, or fewer still.
+    # Over many powers of ten, label only those powers, or fewer.
     spacing = 1 if last - first <= 10 else 3 * math.ceil((last - first) / 30)
     ticks = [round_numbers[index] for index in range(first, last + 1) if index % spacing == 0]
     steps = max(values.size for values in series.values()) - 1
@@ -155,7 +157,7 @@ def _loss_chart(losses: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
 
     lines = []
     for name, values in series.items():
-        # A line has no more points than a screen can show.
+        # No more points than a screen can show.
         indices = np.flatnonzero(drawn[name])
         kept = indices[np.unique(np.linspace(0, indices.size - 1, min(indices.size, 400)).astype(int))].tolist()
         colour, dashes = _LINES.get(name, ("var(--muted)", "none"))
@@ -176,10 +178,10 @@ def _loss_chart(losses: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
     }
 
 
-def _metric_rows(result: Result) -> list[dict[str, Any]]:
+def _metric_rows(content: Content) -> list[dict[str, Any]]:
     best = {}
     for metric, (_, higher, _) in METRICS.items():
-        values = [scores[metric] for scores in result.metrics.values() if math.isfinite(scores.get(metric, math.nan))]
+        values = [scores[metric] for scores in content.metrics.values() if math.isfinite(scores.get(metric, math.nan))]
         if len(values) > 1:
             best[metric] = max(values) if higher else min(values)
     return [
@@ -187,23 +189,23 @@ def _metric_rows(result: Result) -> list[dict[str, Any]]:
             "name": name,
             "cells": [
                 {
-                    "text": number(metric, result.metrics.get(name, {}).get(metric)),
-                    "best": metric in best and result.metrics.get(name, {}).get(metric) == best[metric],
+                    "text": number(metric, content.metrics.get(name, {}).get(metric)),
+                    "best": metric in best and content.metrics.get(name, {}).get(metric) == best[metric],
                 }
                 for metric in METRICS
             ],
         }
-        for name in result.reconstructions
+        for name in content.reconstructions
     ]
 
 
-def _segment_rows(result: Result) -> list[dict[str, Any]]:
-    """The segments, the largest first: what the table says, and their outlines."""
-    colours, high = segment_colours(result), heat_limit(result)
+def _segment_rows(content: Content) -> list[dict[str, Any]]:
+    """The rows of the table of segments, the largest first, with the segments' outlines."""
+    colours, high = segment_colours(content), heat_limit(content)
     rows = []
-    for row in by_share(result):
-        chosen = list(result.layers).index(row.layer)
-        cells, admitted = [], admits(result.threshold, row.means)
+    for row in by_share(content):
+        chosen = list(content.layers).index(row.layer)
+        cells, admitted = [], admits(content.threshold, row.means)
         for index, mean in enumerate(row.means):
             known = math.isfinite(mean)
             cells.append(
@@ -218,7 +220,7 @@ def _segment_rows(result: Result) -> list[dict[str, Any]]:
             {
                 "name": segment_title(row),
                 "colour": css(colours[row.label]),
-                "outline": _outline(result.segments == row.label),
+                "outline": _outline(content.segments == row.label),
                 "share": percent(row.share),
                 "cells": cells,
                 "layer": chosen,
@@ -229,29 +231,29 @@ def _segment_rows(result: Result) -> list[dict[str, Any]]:
     return rows
 
 
-def _threshold_states(result: Result, pictures: _Pictures) -> list[dict[str, Any]]:
-    """What the layers are at each threshold: of every segment in the table's order, and the shares of each."""
-    high, shares = heat_limit(result), [row.share for row in by_share(result)]
-    labels = [row.label for row in by_share(result)]
-    sweep = dict(result.sweep)
-    if sweep and "SAM" in result.reconstructions:
-        lpips = result.metrics.get("SAM", {}).get("LPIPS", math.nan)
-        sweep.setdefault(result.threshold, (result.reconstructions["SAM"], lpips))
+def _threshold_states(content: Content, images: _Images) -> list[dict[str, Any]]:
+    """The layers at each threshold: that of every segment, in the table's order, and the share of each layer."""
+    high, shares = heat_limit(content), [row.share for row in by_share(content)]
+    labels = [row.label for row in by_share(content)]
+    sweep = dict(content.sweep)
+    if sweep and "SAM" in content.reconstructions:
+        lpips = content.metrics.get("SAM", {}).get("LPIPS", math.nan)
+        sweep.setdefault(content.threshold, (content.reconstructions["SAM"], lpips))
     states = []
-    for threshold in shown_thresholds(result):
-        taken = dict(zip((row.label for row in result.segment_rows), layers_at(result, threshold), strict=True))
+    for threshold in shown_thresholds(content):
+        taken = dict(zip((row.label for row in content.rows), layers_at(content, threshold), strict=True))
         taken = [taken[label] for label in labels]
         served = []
-        for name in result.layers:
+        for name in content.layers:
             count, share = taken.count(name), math.fsum(s for s, t in zip(shares, taken, strict=True) if t == name)
-            text = f"{percent(share)} of the picture, {count} segment{'' if count == 1 else 's'}"
+            text = f"{percent(share)} of the image, {count} segment{'' if count == 1 else 's'}"
             served.append(
                 {
                     "name": name,
                     "share": share,
                     "percent": percent(share),
                     "used": count > 0,
-                    "text": text if count else "not used here",
+                    "text": text if count else "not used",
                 }
             )
         image, lpips = sweep.get(threshold, (None, None))
@@ -259,25 +261,25 @@ def _threshold_states(result: Result, pictures: _Pictures) -> list[dict[str, Any
             {
                 "value": threshold,
                 "text": f"{threshold:.4g}",
-                "own": threshold == result.threshold,
+                "own": threshold == content.threshold,
                 "place": f"{min(1, max(0, threshold / high)):.2%}",
-                "layers": [list(result.layers).index(name) for name in taken],
+                "layers": [list(content.layers).index(name) for name in taken],
                 "served": served,
                 "summary": _listed([f"{s['percent']} in {s['name']}" for s in served if s["used"]] or ["nothing"]),
-                "picture": None if image is None else pictures.add(image),
+                "image": None if image is None else images.add(image),
                 "lpips": None if lpips is None else number("LPIPS", lpips),
             }
         )
     return states
 
 
-def _edits(result: Result, pictures: _Pictures) -> list[dict[str, Any]]:
+def _edits(content: Content, images: _Images) -> list[dict[str, Any]]:
     edits = []
-    for direction, strengths in result.edits.items():
-        strongest = strongest_edit(result, direction, None) if strengths else None
+    for direction, strengths in content.edits.items():
+        strongest = strongest_edit(content, direction, None) if strengths else None
         if strongest is None:
             continue
-        methods = [name for name in result.reconstructions if any(name in images for images in strengths.values())]
+        methods = [name for name in content.reconstructions if any(name in made for made in strengths.values())]
         plain: Mapping[str, Any] = strengths.get(0, {})
         edits.append(
             {
@@ -288,8 +290,8 @@ def _edits(result: Result, pictures: _Pictures) -> list[dict[str, Any]]:
                     {
                         "name": name,
                         "caption": METHOD_CAPTIONS.get(name, ""),
-                        "unedited": pictures.add(plain.get(name, result.reconstructions[name])),
-                        "pictures": [pictures.add(x[name]) if name in x else None for x in strengths.values()],
+                        "unedited": images.add(plain.get(name, content.reconstructions[name])),
+                        "images": [images.add(x[name]) if name in x else None for x in strengths.values()],
                     }
                     for name in methods
                 ],
@@ -298,16 +300,16 @@ def _edits(result: Result, pictures: _Pictures) -> list[dict[str, Any]]:
     return edits
 
 
-def _methods(result: Result, pictures: _Pictures) -> list[dict[str, Any]]:
+def _methods(content: Content, images: _Images) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "caption": METHOD_CAPTIONS.get(name, ""),
-            "picture": pictures.add(image),
-            "lpips": number("LPIPS", result.metrics.get(name, {}).get("LPIPS")),
-            "shown": name == ("SAM" if "SAM" in result.reconstructions else list(result.reconstructions)[-1]),
+            "image": images.add(image),
+            "lpips": number("LPIPS", content.metrics.get(name, {}).get("LPIPS")),
+            "shown": name == ("SAM" if "SAM" in content.reconstructions else list(content.reconstructions)[-1]),
         }
-        for name, image in result.reconstructions.items()
+        for name, image in content.reconstructions.items()
     ]
 
 
@@ -319,46 +321,46 @@ def _plain_setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _context(result: Result, pictures: _Pictures) -> dict[str, Any]:
-    """All that the template needs but the pictures themselves, which it names only."""
-    high = heat_limit(result)
-    grey = np.repeat(np.rint(255 * grey_of(to_uint8(result.image)))[..., None], 3, -1).astype(np.uint8)
-    states = _threshold_states(result, pictures)
-    chart = _loss_chart(result.losses) if result.losses else None
+def _context(content: Content, images: _Images) -> dict[str, Any]:
+    """The variables of the template, except for the images themselves, which it refers to by identifier."""
+    high = heat_limit(content)
+    grey = np.repeat(np.rint(255 * grey_of(to_uint8(content.image)))[..., None], 3, -1).astype(np.uint8)
+    states = _threshold_states(content, images)
+    chart = _loss_chart(content.losses) if content.losses else None
     return {
-        "result": result,
-        "height": result.image.shape[0],
-        "width": result.image.shape[1],
-        "input": pictures.add(result.image),
-        "grey": pictures.add(grey),
+        "content": content,
+        "height": content.image.shape[0],
+        "width": content.image.shape[1],
+        "input": images.add(content.image),
+        "grey": images.add(grey),
         "layers": [
             {
                 "name": name,
                 "colour": css(layer_colour(name)),
                 "ink": ink_on(layer_colour(name)),
                 "meaning": LAYER_MEANINGS.get(name, ""),
-                "map": pictures.add(sheets.heat(result.maps[index], high)),
-                "mean": f"{np.nanmean(result.maps[index]):.3f}",
+                "map": images.add(sheets.heat(content.maps[index], high)),
+                "mean": f"{np.nanmean(content.maps[index]):.3f}",
             }
-            for index, name in enumerate(result.layers)
+            for index, name in enumerate(content.layers)
         ],
         "thresholds": states,
         "own": next(index for index, state in enumerate(states) if state["own"]),
-        "swept": bool(result.sweep),
+        "swept": bool(content.sweep),
         "high": f"{high:g}",
         "scale": ", ".join(css(colour) for colour in sheets.heat(np.linspace(0, high, 33), high)),
-        "segment_rows": _segment_rows(result),
-        "methods": _methods(result, pictures),
+        "segments": _segment_rows(content),
+        "methods": _methods(content, images),
         "metrics": [
             {"name": name, "what": what, "better": "higher" if higher else "lower"}
             for name, (what, higher, _) in METRICS.items()
         ],
-        "metric_rows": _metric_rows(result) if result.metrics else [],
-        "edits": _edits(result, pictures),
+        "metric_rows": _metric_rows(content) if content.metrics else [],
+        "edits": _edits(content, images),
         "chart": chart,
-        "settings": {str(key): _plain_setting(value) for key, value in result.settings.items()},
+        "settings": {str(key): _plain_setting(value) for key, value in content.settings.items()},
         "data": {
-            "layers": list(result.layers),
+            "layers": list(content.layers),
             "thresholds": states,
             "losses": [{"name": line["name"], "points": line["points"]} for line in chart["lines"]] if chart else [],
         },
@@ -366,19 +368,30 @@ def _context(result: Result, pictures: _Pictures) -> dict[str, Any]:
 
 
 def _source(environment: jinja2.Environment, name: str) -> Markup:
-    """One of our own files as it is, with the line ends by which a browser computes its digest."""
+    """A template file as it is, with the line endings for which a browser computes its digest."""
+    from markupsafe import Markup
+
     assert environment.loader is not None
     return Markup("\n".join(environment.loader.get_source(environment, name)[0].splitlines()))
 
 
-def render_html(result: Result) -> str:
-    """The report: one HTML file that opens offline, images inside it, at most about 5 MB.
+def render_html(content: Content) -> str:
+    """Renders a report as one HTML file of at most about 5 MB that works offline.
 
-    Images are shown at up to 1,024 px a side, fewer where there are so many that the file would grow too large. The
-    page's only program is its own, which its security policy names by digest; without it everything is shown at once.
+    Images are embedded with sides of at most 1,024 px, or smaller where many images would make the file too large. The
+    page's security policy allows only the page's own script, by its digest; without scripts the page shows everything
+    at once.
+
+    Args:
+      content: what to show, as `describe` returns it.
+
+    Returns:
+      The HTML.
     """
+    import jinja2  # slow to import
+
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("samjax.io"),
+        loader=jinja2.PackageLoader("samjax.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -387,15 +400,15 @@ def render_html(result: Result) -> str:
     template = environment.get_template("report.html.j2")
     script = _source(environment, "report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    pictures = _Pictures()
-    context = _context(result, pictures)
-    # A pixel takes about a third of a byte; sides that cannot fit are not tried.
-    likely = [side for side in _SIDES if side <= max(_SIDES[-1], math.sqrt(4 * _BYTES / len(pictures)))]
+    images = _Images()
+    context = _context(content, images)
+    # A pixel takes about a third of a byte; skip sizes that cannot fit.
+    sides = [side for side in _SIDES if side <= max(_SIDES[-1], math.sqrt(4 * _BYTES / len(images)))]
     html = ""
-    for side in likely:
+    for side in sides:
         html = template.render(
             context,
-            pictures=pictures.uris(side),
+            images=images.uris(side),
             style=_source(environment, "report.css"),
             script=script,
             digest=digest,

@@ -1,12 +1,12 @@
 "use strict";
-// Everything is in the page already, and shown at once where this does not run. Here one part is shown at a time, as
-// people choose. Texts are set as texts, never as markup.
+// The page contains everything, and shows it all at once where scripts are off. With this script, the reader chooses
+// what is shown. Text is set as text, never as markup.
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const one = (selector, within = document) => within.querySelector(selector);
   const data = JSON.parse(one("#data").textContent);
 
-  /** Moves a range to the place at which `surface` is dragged or tapped, or, if `hover`, pointed at. */
+  /** Sets `range` to the position at which `surface` is dragged or tapped or, with `hover`, pointed at. */
   function drag(surface, range, hover = false) {
     const follow = (event) => {
       const box = surface.getBoundingClientRect();
@@ -20,7 +20,7 @@
     surface.addEventListener("click", follow);
   }
 
-  /** Before on the left, after on the right, of every stage in `widget`. */
+  /** Shows "before" on the left and "after" on the right in every stage of `widget`. */
   function divide(widget) {
     const range = one(".divide", widget);
     const show = () => {
@@ -33,10 +33,10 @@
     show();
   }
 
-  /** Of the pictures that lie on one another in each stage, shows those numbered `index`. */
+  /** Of the stacked images in each stage, shows number `index`. */
   function pick(widget, index) {
-    for (const picture of all("[data-pick]", widget)) {
-      picture.classList.toggle("shown", picture.dataset.pick === String(index));
+    for (const image of all("[data-pick]", widget)) {
+      image.classList.toggle("shown", image.dataset.pick === String(index));
     }
   }
 
@@ -69,7 +69,7 @@
     });
   }
 
-  /** The map, the panel about one segment, the table and the thresholds: all show the same state. */
+  /** Keeps the map, the panel of the current segment, the table and the thresholds in the same state. */
   function layers() {
     const map = one("#map");
     const regions = all("[data-segment]", map);
@@ -80,7 +80,7 @@
     const back = one("#back");
     let current = 0;
     let state = data.thresholds[range ? Number(range.value) : 0];
-    // Layers are chosen in single precision.
+    // As in Python, layers are chosen in single precision.
     const isAbove = (cell) => Math.fround(Number(cell.dataset.mean)) > Math.fround(state.value);
 
     function showSegment(index) {
@@ -105,10 +105,10 @@
         one(".value", bar).textContent = cells[i].dataset.text;
       });
       one(".why", panel).textContent = "forced" in row.dataset
-        ? `${data.layers[layer]} was chosen by hand, whatever the threshold.`
+        ? `${data.layers[layer]} was chosen by hand, regardless of the threshold.`
         : isAbove(cells[layer])
-        ? `No layer is at most the threshold of ${state.text}, so that the last one is taken.`
-        : `${data.layers[layer]} is the first that is at most the threshold of ${state.text}.`;
+        ? `No layer has an error of at most ${state.text}, the threshold, so the last one is used.`
+        : `${data.layers[layer]} is the first layer with an error of at most ${state.text}, the threshold.`;
     }
 
     function showThreshold(index) {
@@ -148,7 +148,7 @@
     map.setAttribute("aria-label", "Segments, the largest first");
     map.setAttribute("aria-describedby", "map-hint");
     regions.forEach((region, i) => {
-      one("title", region).remove(); // the panel says more
+      one("title", region).remove(); // the panel has more
       region.setAttribute("role", "option");
       region.setAttribute("aria-label", rows[i].dataset.name);
       region.addEventListener("click", () => region.focus({ preventScroll: true }));
@@ -159,7 +159,7 @@
         regions[Math.min(last, Math.max(0, moves[event.key](i)))].focus();
       });
       for (const pointed of [region, rows[i]]) {
-        // Not on entering: that happens, too, when the page scrolls below a pointer at rest.
+        // Not "pointerenter", which also fires when the page scrolls under a resting pointer.
         pointed.addEventListener("pointermove", () => { if (current !== i) showSegment(i); });
       }
       rows[i].addEventListener("click", () => showSegment(i));
@@ -180,21 +180,21 @@
     const values = all(".key .value");
     const show = () => {
       const step = Number(range.value);
-      const said = data.losses.map(({ name, points }, i) => {
+      const spoken = data.losses.map(({ name, points }, i) => {
         const nearest = points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
         values[i].textContent = nearest[1];
         return `${name} ${nearest[1]}`;
       });
       one(".chart").style.setProperty("--step", `${(100 * step) / range.max}%`);
       one("#step-text").textContent = step;
-      range.setAttribute("aria-valuetext", `step ${step}: ${said.join(", ")}`);
+      range.setAttribute("aria-valuetext", `step ${step}: ${spoken.join(", ")}`);
     };
     drag(one(".plot"), range, true);
     range.addEventListener("input", show);
     show();
   }
 
-  /** A part that scrolls sideways can be reached by the keyboard; one that does not need not be. */
+  /** Makes only those elements focusable that do scroll sideways. */
   function scrollers() {
     const watch = new ResizeObserver((seen) => {
       for (const { target } of seen) target.tabIndex = target.scrollWidth > target.clientWidth ? 0 : -1;
@@ -207,5 +207,5 @@
   edits();
   losses();
   scrollers();
-  document.documentElement.classList.add("js"); // only now: what is hidden for it, it can show
+  document.documentElement.classList.add("js"); // last, when every control works
 })();

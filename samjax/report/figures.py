@@ -1,4 +1,4 @@
-"""What came out of an inversion, for people: pictures, and the report in one HTML file, `render_html`."""
+"""Figures of an inversion: its segments, error maps, layers, reconstructions and edits, as images with captions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from samjax.io import sheets
-from samjax.io.html_report import render_html
 from samjax.io.images import to_uint8
-from samjax.io.results import (
+from samjax.report import sheets
+from samjax.report.content import (
     LAYER_MEANINGS,
     METHOD_CAPTIONS,
-    METRICS,
-    PALETTE,
-    Result,
-    SegmentRow,
+    Content,
     Strength,
     by_share,
     fitted,
@@ -26,98 +22,89 @@ from samjax.io.results import (
     heat_limit,
     layer_colour,
     layer_shares,
-    layers_at,
     number,
     percent,
     segment_colours,
     segment_title,
-    shown_thresholds,
     strength_text,
     strongest_edit,
 )
-from samjax.io.sheets import INK, MUTED, PANEL, Sheet, Uint8
-
-__all__ = [
-    "LAYER_MEANINGS", "METHOD_CAPTIONS", "METRICS", "PALETTE", "Result", "SegmentRow", "Strength", "comparison_picture",
-    "draw_comparison", "draw_edit_strip", "draw_invertibility", "draw_layers", "draw_segments", "edit_strip",
-    "heat_limit", "invertibility_picture", "layer_colour", "layer_shares", "layers_at", "layers_overlay",
-    "layers_picture", "render_html", "segment_title", "segments_overlay", "segments_picture", "shown_thresholds",
-]  # fmt: skip
+from samjax.report.sheets import INK, MUTED, PANEL, Sheet, Uint8
 
 # --- overlays ---
 
 
 def _painted(image: Uint8, labels: NDArray[np.integer], colours: Uint8, regions: NDArray[np.integer]) -> Uint8:
-    """`colours[labels]`, shaded by a grey version of `image` [H, W, 3], and white lines where regions meet."""
+    """`colours[labels]`, shaded by a grey version of `image` [H, W, 3], with white lines between `regions`."""
     height, width = image.shape[:2]
-    # At twice the size and then reduced, so that the outlines are smooth.
+    # Drawn at twice the size and reduced, so that the outlines are smooth.
     labels = sheets.smooth_labels(labels, 2 * height, 2 * width)
     regions = sheets.smooth_labels(regions, 2 * height, 2 * width)
     grey = grey_of(sheets.resize(image, 2 * height, 2 * width))[..., None]
-    # From a dark to a light shade of the colour: the hue, by which layers are told apart, stays.
+    # Only the shade follows the image: layers are told apart by hue.
     pure = colours[labels].astype(np.float32)
     mixed = pure * (0.7 + 0.3 * grey) * (1 - 0.35 * grey) + 255 * 0.35 * grey
     mixed[sheets.outlines(regions, max(4, round(width / 110)))] = 255
     return np.array(Image.fromarray(np.rint(mixed).astype(np.uint8)).reduce(2))
 
 
-def segments_overlay(result: Result, height: int, width: int) -> Uint8:
-    """The segments in colours over the grey picture, [height, width, 3], no text."""
-    colours = segment_colours(result)
-    labels, index = np.unique(result.segments, return_inverse=True)
-    index = index.reshape(result.segments.shape)
+def segments_overlay(content: Content, height: int, width: int) -> Uint8:
+    """The image in grey, overlaid with a colour per segment; uint8 [height, width, 3], no text."""
+    colours = segment_colours(content)
+    labels, index = np.unique(content.segments, return_inverse=True)
+    index = index.reshape(content.segments.shape)
     table = np.array([colours[int(label)] for label in labels], np.uint8)
-    return _painted(sheets.resize(to_uint8(result.image), height, width), index, table, index)
+    return _painted(sheets.resize(to_uint8(content.image), height, width), index, table, index)
 
 
-def layers_overlay(result: Result, height: int, width: int) -> Uint8:
-    """The chosen layers in the palette's colours over the grey picture, [height, width, 3], no text."""
-    table = np.array([layer_colour(name) for name in result.layers], np.uint8)
-    image = sheets.resize(to_uint8(result.image), height, width)
-    return _painted(image, result.layer_map, table, result.segments)
+def layers_overlay(content: Content, height: int, width: int) -> Uint8:
+    """The image in grey, overlaid with the colours of the chosen layers; uint8 [height, width, 3], no text."""
+    table = np.array([layer_colour(name) for name in content.layers], np.uint8)
+    image = sheets.resize(to_uint8(content.image), height, width)
+    return _painted(image, content.layer_map, table, content.segments)
 
 
-# --- pictures ---
+# --- figures ---
 
 _MARGIN, _GAP = 28, 16
 
 
-def draw_segments(result: Result) -> Sheet:
-    """See `segments_picture`."""
-    height, width = fitted(result.image.shape, 520, 640)
+def draw_segments(content: Content) -> Sheet:
+    """The sheet of `segments_figure`."""
+    height, width = fitted(content.image.shape, 520, 640)
     cell = max(width, 200)
-    rows, legend = by_share(result), 380
-    colours = segment_colours(result)
-    content = max(height, 36 * min(len(rows), 8))
-    room = (content + 10) // 36
-    hidden = len(rows) - (room - 1) if len(rows) > room else 0  # the last line says how many
+    rows, legend = by_share(content), 380
+    colours = segment_colours(content)
+    body = max(height, 36 * min(len(rows), 8))
+    room = (body + 10) // 36
+    hidden = len(rows) - (room - 1) if len(rows) > room else 0  # the last line gives their number
     rows = rows[: len(rows) - hidden]
-    sheet = Sheet(2 * cell + 2 * _GAP + legend + 2 * _MARGIN, content + 40 + 2 * _MARGIN)
+    sheet = Sheet(2 * cell + 2 * _GAP + legend + 2 * _MARGIN, body + 40 + 2 * _MARGIN)
     top = _MARGIN + 40
     for column, (title, image) in enumerate(
         (
-            ("Input", sheets.resize(to_uint8(result.image), height, width)),
-            ("Segments", segments_overlay(result, height, width)),
+            ("Input", sheets.resize(to_uint8(content.image), height, width)),
+            ("Segments", segments_overlay(content, height, width)),
         )
     ):
         x = _MARGIN + column * (cell + _GAP)
         sheet.text(x, _MARGIN, title, 26, strong=True, width=cell)
         sheet.image(x, top, image)
     x, y = _MARGIN + 2 * (cell + _GAP) + 8, top
-    sheet.text(x, _MARGIN, "Share of the picture", 20, MUTED, width=legend)
+    sheet.text(x, _MARGIN, "Share of the image", 20, MUTED, width=legend)
     for row in rows:
         sheet.panel(x, y, x + 26, y + 26, colours[row.label], 5)
         sheet.text(x + 38, y + 1, segment_title(row), 21, width=legend - 150)
         sheet.text(x + legend - 8, y + 1, percent(row.share), 21, MUTED, align="right")
         y += 36
     if hidden:
-        sheet.text(x, y, f"and {hidden} smaller ones", 21, MUTED, width=legend)
+        sheet.text(x, y, f"and {hidden} smaller segments", 21, MUTED, width=legend)
     return sheet
 
 
-def segments_picture(result: Result) -> Uint8:
-    """The input, its segments in colours, and a legend with their names and shares; uint8 [h, w, 3]."""
-    return draw_segments(result).array()
+def segments_figure(content: Content) -> Uint8:
+    """The input, its segments in colour, and a legend with their names and shares; uint8 [h, w, 3]."""
+    return draw_segments(content).array()
 
 
 def _ticks(high: float) -> list[float]:
@@ -127,20 +114,20 @@ def _ticks(high: float) -> list[float]:
     return [step * index for index in range(math.floor(high / step + 1e-6) + 1)]
 
 
-def draw_invertibility(result: Result) -> Sheet:
-    """See `invertibility_picture`."""
-    tiles = len(result.layers) + 1
+def draw_invertibility(content: Content) -> Sheet:
+    """The sheet of `invertibility_figure`."""
+    tiles = len(content.layers) + 1
     columns = tiles if tiles <= 4 else 3
-    height, width = fitted(result.image.shape, 400, 480)
-    cell, high, step = max(width, 250), heat_limit(result), height + 70
+    height, width = fitted(content.image.shape, 400, 480)
+    cell, high, step = max(width, 250), heat_limit(content), height + 70
     sheet_width = columns * cell + (columns - 1) * _GAP + 2 * _MARGIN
     sheet = Sheet(sheet_width, math.ceil(tiles / columns) * step + 132 + _MARGIN)
     for tile in range(tiles):
         x, y = _MARGIN + tile % columns * (cell + _GAP), _MARGIN + tile // columns * step
         if tile == 0:
-            title, note, image = "Input", "", to_uint8(result.image)
+            title, note, image = "Input", "", to_uint8(content.image)
         else:
-            title, values = result.layers[tile - 1], result.maps[tile - 1]
+            title, values = content.layers[tile - 1], content.maps[tile - 1]
             note, image = f"mean {np.nanmean(values):.2f}", sheets.heat(values, high)
         sheet.text(x, y, title, 26, strong=True, width=cell / 2 - 8)
         sheet.text(x + cell, y + 4, note, 21, MUTED, align="right", width=cell / 2 - 8)
@@ -148,11 +135,12 @@ def draw_invertibility(result: Result) -> Sheet:
     left, right = _MARGIN, sheet_width - _MARGIN
     top = _MARGIN + math.ceil(tiles / columns) * step - 8
     bar = sheets.heat(np.linspace(0, high, right - left)[None], high)
-    sheet.text(left, top, "Error to expect in each layer, pixel by pixel (LPIPS)", 22, width=right - left)
-    place = left + min(1.0, result.threshold / high) * (right - left)
+    title = "Error at each pixel if the image is inverted in that layer alone (LPIPS)"
+    sheet.text(left, top, title, 22, width=right - left)
+    place = left + min(1.0, content.threshold / high) * (right - left)
     sheet.image(left, top + 62, np.repeat(bar, 26, 0))
     sheet.line(place, top + 54, place, top + 94, INK, 3)
-    mark = f"threshold {result.threshold:g}"
+    mark = f"threshold {content.threshold:g}"
     half = sheet.measure(mark, 20) / 2
     sheet.text(min(max(place, left + half), right - half), top + 30, mark, 20, MUTED, align="centre")
     for value in _ticks(high):
@@ -161,50 +149,50 @@ def draw_invertibility(result: Result) -> Sheet:
     return sheet
 
 
-def invertibility_picture(result: Result) -> Uint8:
-    """The input and one heat map for each layer, on a common scale with its bar; uint8 [h, w, 3]."""
-    return draw_invertibility(result).array()
+def invertibility_figure(content: Content) -> Uint8:
+    """The input and the error map of each layer, with a colour bar of their common scale; uint8 [h, w, 3]."""
+    return draw_invertibility(content).array()
 
 
-def draw_layers(result: Result) -> Sheet:
-    """See `layers_picture`."""
-    height, width = fitted(result.image.shape, 520, 640)
-    shares, legend, cell = layer_shares(result), 420, max(width, 330)
-    content = max(height + 40, 40 + len(result.layers) * 92)
-    sheet = Sheet(2 * cell + 2 * _GAP + legend + 2 * _MARGIN, content + 2 * _MARGIN)
+def draw_layers(content: Content) -> Sheet:
+    """The sheet of `layers_figure`."""
+    height, width = fitted(content.image.shape, 520, 640)
+    shares, legend, cell = layer_shares(content), 420, max(width, 330)
+    body = max(height + 40, 40 + len(content.layers) * 92)
+    sheet = Sheet(2 * cell + 2 * _GAP + legend + 2 * _MARGIN, body + 2 * _MARGIN)
     top = _MARGIN + 40
     sheet.text(_MARGIN, _MARGIN, "Input", 26, strong=True, width=cell)
-    sheet.image(_MARGIN, top, sheets.resize(to_uint8(result.image), height, width))
+    sheet.image(_MARGIN, top, sheets.resize(to_uint8(content.image), height, width))
     x = _MARGIN + cell + _GAP
-    sheet.text(x, _MARGIN, "Layer by region", 26, strong=True, width=cell * 0.6 - 8)
-    sheet.text(x + cell, _MARGIN + 4, f"threshold {result.threshold:g}", 21, MUTED, align="right", width=cell * 0.4)
-    sheet.image(x, top, layers_overlay(result, height, width))
+    sheet.text(x, _MARGIN, "Layer of each segment", 26, strong=True, width=cell * 0.6 - 8)
+    sheet.text(x + cell, _MARGIN + 4, f"threshold {content.threshold:g}", 21, MUTED, align="right", width=cell * 0.4)
+    sheet.image(x, top, layers_overlay(content, height, width))
     x, y = x + cell + _GAP + 8, top
-    for name in result.layers:
+    for name in content.layers:
         used = shares[name] > 0
         sheet.panel(x, y, x + 40, y + 40, layer_colour(name), 7)
         sheet.text(x + 54, y, name, 24, INK if used else MUTED, strong=used, width=120)
-        share = f"{percent(shares[name])} of the picture" if used else "not used here"
+        share = f"{percent(shares[name])} of the image" if used else "not used"
         sheet.text(x + legend - 8, y + 3, share, 19, MUTED, align="right", width=220)
         sheet.paragraph(x + 54, y + 32, LAYER_MEANINGS.get(name, ""), 19, legend - 66)
-        y += 92 + max(0, height - 92 * len(result.layers)) // max(1, len(result.layers))
+        y += 92 + max(0, height - 92 * len(content.layers)) // max(1, len(content.layers))
     return sheet
 
 
-def layers_picture(result: Result) -> Uint8:
-    """The input, the layer of each region in the palette's colours, and a legend; uint8 [h, w, 3]."""
-    return draw_layers(result).array()
+def layers_figure(content: Content) -> Uint8:
+    """The input, the layer of each segment in the palette's colours, and a legend; uint8 [h, w, 3]."""
+    return draw_layers(content).array()
 
 
-def draw_comparison(result: Result, direction: str | None = None, strength: Strength | None = None) -> Sheet:
-    """See `comparison_picture`."""
-    edit, methods = strongest_edit(result, direction, strength), list(result.reconstructions)
-    height, width = fitted(result.image.shape, 330, 420)
+def draw_comparison(content: Content, direction: str | None = None, strength: Strength | None = None) -> Sheet:
+    """The sheet of `comparison_figure`."""
+    edit, methods = strongest_edit(content, direction, strength), list(content.reconstructions)
+    height, width = fitted(content.image.shape, 330, 420)
     cell = max(width, 330)
     step, head, foot = cell + 2 * _GAP, 76, 44
     sheet_width = 2 * _MARGIN + cell + len(methods) * step
     tops = [_MARGIN + head]
-    if edit:  # a line above the second row says what it is
+    if edit:  # a line above the second row names the edit
         tops.append(tops[0] + height + foot + 22 + 36)
     sheet = Sheet(sheet_width, tops[-1] + height + (foot if edit is None else 40) + _MARGIN)
 
@@ -216,31 +204,31 @@ def draw_comparison(result: Result, direction: str | None = None, strength: Stre
         sheet.panel(x - 14, _MARGIN - 14, x + cell + 14, sheet.height - 14, PANEL, 14)
     for column, name in enumerate(["Input", *methods]):
         sheet.text(place(column), _MARGIN, name, 28, strong=True, width=cell)
-        caption = "the picture to invert" if column == 0 else METHOD_CAPTIONS.get(name, "")
+        caption = "the image to invert" if column == 0 else METHOD_CAPTIONS.get(name, "")
         sheet.text(place(column), _MARGIN + 37, caption, 21, MUTED, width=cell)
 
     def show(column: int, top: int, image: Uint8) -> None:
         sheet.image(place(column) + (cell - width) // 2, top, sheets.resize(image, height, width))
 
-    show(0, tops[0], to_uint8(result.image))
-    sheet.text(place(0), tops[0] + height + 9, "LPIPS: distance, 0 is equal", 21, MUTED, width=cell)
+    show(0, tops[0], to_uint8(content.image))
+    sheet.text(place(0), tops[0] + height + 9, "LPIPS: lower is better", 21, MUTED, width=cell)
     for column, name in enumerate(methods, 1):
-        show(column, tops[0], to_uint8(result.reconstructions[name]))
-        lpips = result.metrics.get(name, {}).get("LPIPS")
+        show(column, tops[0], to_uint8(content.reconstructions[name]))
+        lpips = content.metrics.get(name, {}).get("LPIPS")
         if lpips is not None:
             sheet.text(place(column), tops[0] + height + 9, f"LPIPS {number('LPIPS', lpips)}", 21, width=cell)
     if edit is None:
         return sheet
     direction, strength = edit
-    show(0, tops[1], layers_overlay(result, height, width))
-    sheet.text(place(0), tops[1] - 34, "Layer of each region in SAM", 22, width=cell)
+    show(0, tops[1], layers_overlay(content, height, width))
+    sheet.text(place(0), tops[1] - 34, "Layer of each segment in SAM", 22, width=cell)
     x, y = place(0), tops[1] + height + 10
-    for name in result.layers:
+    for name in content.layers:
         sheet.panel(x, y + 2, x + 20, y + 22, layer_colour(name), 4)
         sheet.text(x + 26, y, name, 21, MUTED)
         x += 26 + sheet.measure(name, 21) + 12
     for column, name in enumerate(methods, 1):
-        image = result.edits[direction][strength].get(name)
+        image = content.edits[direction][strength].get(name)
         if image is not None:
             show(column, tops[1], to_uint8(image))
             label = f"Edit: {direction}, strength {strength_text(strength)}"
@@ -248,26 +236,26 @@ def draw_comparison(result: Result, direction: str | None = None, strength: Stre
     return sheet
 
 
-def comparison_picture(result: Result, direction: str | None = None, strength: Strength | None = None) -> Uint8:
-    """The input beside every method's reconstruction, with its LPIPS; below, the layers and one edit of each.
+def comparison_figure(content: Content, direction: str | None = None, strength: Strength | None = None) -> Uint8:
+    """The input beside the reconstruction of each method, with its LPIPS; below, the layers and an edit by each method.
 
     Args:
-      result: what to show.
-      direction: of the edit; the first one if None.
-      strength: of the edit; the strongest if None.
+      content: the content to show.
+      direction: direction of the edit; by default the first.
+      strength: strength of the edit; by default the greatest.
 
     Returns:
       uint8 [h, w, 3].
     """
-    return draw_comparison(result, direction, strength).array()
+    return draw_comparison(content, direction, strength).array()
 
 
-def draw_edit_strip(result: Result, direction: str, methods: Sequence[str] | None = None) -> Sheet:
-    """See `edit_strip`."""
-    strengths = result.edits[direction]
+def draw_edit_strip(content: Content, direction: str, methods: Sequence[str] | None = None) -> Sheet:
+    """The sheet of `edit_strip`."""
+    strengths = content.edits[direction]
     if methods is None:
-        methods = [name for name in result.reconstructions if any(name in images for images in strengths.values())]
-    height, width = fitted(result.image.shape, 300, 380)
+        methods = [name for name in content.reconstructions if any(name in images for images in strengths.values())]
+    height, width = fitted(content.image.shape, 300, 380)
     cell, side, head = max(width, 150), 150, 84
     sheet_width = 2 * _MARGIN + side + len(strengths) * (cell + _GAP) - _GAP
     row_height = max(height, 130)  # room for the method's name and caption
@@ -287,6 +275,6 @@ def draw_edit_strip(result: Result, direction: str, methods: Sequence[str] | Non
     return sheet
 
 
-def edit_strip(result: Result, direction: str, methods: Sequence[str] | None = None) -> Uint8:
-    """One edit at each strength, one row for each method; uint8 [h, w, 3]."""
-    return draw_edit_strip(result, direction, methods).array()
+def edit_strip(content: Content, direction: str, methods: Sequence[str] | None = None) -> Uint8:
+    """One direction at each strength, with a row for each method; uint8 [h, w, 3]."""
+    return draw_edit_strip(content, direction, methods).array()
