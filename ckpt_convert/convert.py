@@ -31,14 +31,14 @@ RECOGNITION = (e4e.NETWORK, deeplab.NETWORK, ade20k.NETWORK, bisenet.NETWORK, ma
 """The tables of all networks other than the generator."""
 
 _NVIDIA_LICENCE = (
-    "networks that NVIDIA published are under its source code licence, for non-commercial use; a network of your own"
+    "networks that NVIDIA published are under its source code license, for non-commercial use; a network of your own"
     " training is under the terms you set"
 )
 _LICENCES = {
     "nvidia": _NVIDIA_LICENCE,
     "tensorflow": _NVIDIA_LICENCE,
     "rosinality": (
-        "the file states none: networks converted from NVIDIA's are under its source code licence, for non-commercial"
+        "the file states none: networks converted from NVIDIA's are under its source code license, for non-commercial"
         " use; others are under the terms set by those who trained them"
     ),
     "samjax": "that of the original generator",
@@ -81,7 +81,7 @@ class Unpacked(NamedTuple):
 
 
 def unpack(path: Path, data: memoryview) -> Unpacked:
-    """Reads a file, whose format is told by its first bytes.
+    """Reads a file in the format that its first bytes identify.
 
     Args:
       path: of the file.

@@ -115,7 +115,7 @@ NETWORK = Network(
     format=f"e4e encoder of its authors ({_TYPE})",
     licence=(
         "the file states none: encoders that SAM's authors published are under the Adobe Research License, for"
-        " non-commercial research use, and e4e's authors state the MIT licence; one of your own training is under the"
+        " non-commercial research use, and e4e's authors state the MIT license; one of your own training is under the"
         " terms you set"
     ),
     rows=ROWS,

@@ -121,10 +121,12 @@ def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify
       The directory of the converted network, or `path`.
 
     Raises:
-      UserError: if the file is damaged, or holds something else.
+      UserError: if the file is missing, damaged, or holds something else.
     """
-    if path.suffix not in (".pkl", ".pt", ".pth", ".ckpt") or not path.is_file():
+    if path.suffix not in (".pkl", ".pt", ".pth", ".ckpt") or path.is_dir():
         return path
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the path of a checkpoint file, or of a converted network")
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     folder = (cache or registry.cache_folder()) / "converted" / f"{path.stem}_{network}_{key}"
     return _convert_once([path], network, folder, notify)

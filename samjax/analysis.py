@@ -45,7 +45,8 @@ class Analysis:
       layers: names of the latent layers, the most editable first.
       maps: [L, h, w] error map of each layer, 0 or more.
       singles: the inversions in each layer alone by which the maps were measured: "latent_W+" [L, num_ws, w_dim],
-        "latent_F4" [L, 16, 16, C], ..., and "loss" [steps, L]; empty if the maps were predicted.
+        "latent_F4" [L, 16, 16, C], ..., "terms" [6, steps, L], the loss terms, and "seconds", the time of each;
+        empty if the maps were predicted.
     """
 
     name: str
@@ -58,6 +59,10 @@ class Analysis:
     layers: tuple[str, ...]
     maps: np.ndarray
     singles: Mapping[str, np.ndarray]
+
+    def full_size(self, image: np.ndarray) -> np.ndarray:
+        """A generator's image [R, R, 3] without the rows that letterboxing added; see `losses.full_size`."""
+        return losses.full_size(image, *self.target.shape[:2])
 
 
 # --- error maps ---

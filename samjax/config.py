@@ -52,7 +52,7 @@ class InversionConfig:
         16 bits, with sums in float32, and everything else in full float32.
 
     Raises:
-      ValueError: a size below 1, or a number that is not finite.
+      ValueError: a size below 1.
     """
 
     num_opt_steps: int = 1001
@@ -80,10 +80,6 @@ class InversionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, not {value}")
 
     @property
     def half_precision(self) -> bool:
@@ -402,6 +398,9 @@ def resolve(
         )
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(InversionConfig)}
     given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, not {value}")
     if options.latent_names is None:
         given["latent_names"] = tuple(layer.name for layer in latent_layers(generator))
     else:

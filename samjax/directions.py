@@ -1,34 +1,51 @@
-"""Edit directions in W for any generator: from its weights, from its styles, or from samples with scores.
+"""Finding directions in W, for any generator: from its weights, from its styles, or from samples with scores.
 
 - `sefa`: Shen and Zhou, "Closed-Form Factorization of Latent Semantics in GANs", CVPR 2021.
 - `ganspace`: Härkönen et al., "GANSpace: Discovering Interpretable GAN Controls", NeurIPS 2020.
 - `regression` and `boundary`: the normal of a linear fit to scores, or of the boundary between two classes (Shen et
   al., "Interpreting the Latent Space of GANs for Semantic Face Editing", CVPR 2020).
 
-Directions are scaled by the spread of the generator's own styles along them, so that a strength of 1 is one standard
-deviation whatever found them.
+Directions are scaled by the spread of the generator's own styles along them: a strength of 1 is one standard deviation,
+whatever the method.
 """
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
+import scipy.special
+import tqdm
 from jax import Array
 from numpy.typing import ArrayLike
 
-from samjax.nets import stylegan2
+from samjax import generation
+from samjax.errors import UserError
+from samjax.io import images
+from samjax.nets import lpips, stylegan2
 from samjax.nets.stylegan2 import Params, StyleGAN2Config
+
+Scorer = Callable[[np.ndarray], Any]
+"""From images, uint8 [N, R, R, 3], to N numbers."""
+
+TRIED_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Strengths between which `typical_strength` interpolates."""
 
 
 class Directions(NamedTuple):
-    """What a method found, the strongest first.
+    """The directions that a method found, the strongest first.
 
     Attributes:
-      vectors: [K, w_dim]; one standard deviation of the generator's styles along each.
-      values: [K] by which they are ordered: the method's own measure of strength.
+      vectors: [K, w_dim]; each as long as one standard deviation of the generator's styles along it.
+      values: [K] the method's own measure of strength, by which they are ordered.
     """
 
     vectors: np.ndarray
@@ -36,7 +53,13 @@ class Directions(NamedTuple):
 
 
 class Styles(NamedTuple):
-    """Of many mapped z: `mean` [w_dim], `covariance` [w_dim, w_dim], both float64; `ws` [N, w_dim] themselves."""
+    """Styles of many z, and their distribution.
+
+    Attributes:
+      mean: [w_dim] float64.
+      covariance: [w_dim, w_dim] float64.
+      ws: [N, w_dim] the styles.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -62,9 +85,9 @@ def sample_styles(
       config: sizes of the generator.
       params: its parameters.
       key: random key of the z.
-      samples: how many.
+      samples: how many z.
       c: [c_dim] label of all of them, for conditional generators; zeros if None.
-      batch_size: in one pass.
+      batch_size: z in one pass.
     """
     parts = []
     for first in range(0, samples, batch_size):
@@ -80,9 +103,9 @@ def sample_styles(
 
 
 def affine_weights(config: StyleGAN2Config, params: Params) -> list[np.ndarray]:
-    """What each of the `num_ws` styles is multiplied with in the convolution it modulates: [w_dim, channels] each.
+    """The weights [w_dim, channels] by which each of the `num_ws` styles modulates its convolution.
 
-    ToRGB layers do not count, but for the last style, which has nothing else.
+    ToRGB layers are left out, except for the last style, which has no other layer.
     """
     blocks: list[Any] = [params["synthesis"][f"b{resolution}"] for resolution in config.block_resolutions]
     layers = [block[name] for block in blocks for name in ("conv0", "conv1") if name in block]
@@ -94,18 +117,18 @@ def sefa(
 ) -> Directions:
     """The directions that move the modulation of a range of layers most.
 
-    They are the eigenvectors of A Aᵀ, A being the affine weights of these layers side by side, each column of unit
-    length, as in SeFa's own code.
+    They are the eigenvectors of A Aᵀ, where A holds the affine weights of these layers side by side, with columns of
+    unit length, as in SeFa's own code.
 
     Args:
       config: sizes of the generator.
       params: its parameters.
       styles: of `sample_styles`, for the scale.
-      layers: first and last style (not included); None for all.
+      layers: first style, and the one after the last; all if None.
       count: how many directions.
 
     Raises:
-      ValueError: a range that the generator does not have.
+      ValueError: the generator does not have this range.
     """
     first, last = check_layers(config, layers)
     a = np.concatenate(affine_weights(config, params)[first:last], axis=1)
@@ -127,13 +150,13 @@ def _strongest(matrix: np.ndarray, styles: Styles, count: int) -> Directions:
     values, vectors = np.linalg.eigh(matrix)
     order = np.argsort(values)[::-1][:count]
     chosen = vectors[:, order].T
-    # Eigenvectors leave their sign open.
+    # The sign of an eigenvector is arbitrary: make its largest entry positive.
     chosen *= np.sign(np.take_along_axis(chosen, np.abs(chosen).argmax(1)[:, None], axis=1))
     return scaled(chosen, values[order], styles)
 
 
 def scaled(vectors: np.ndarray, values: np.ndarray, styles: Styles) -> Directions:
-    """Directions [K, w_dim] of any length, brought to one standard deviation of the styles."""
+    """Scales directions [K, w_dim] of any length to one standard deviation of the styles."""
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return Directions((units * styles.spread(units)[:, None]).astype(np.float32), np.asarray(values))
 
@@ -159,18 +182,17 @@ def regression(ws: ArrayLike, scores: ArrayLike, styles: Styles, *, ridge: float
     return scaled(normal[None], np.array([np.corrcoef(x @ normal, y)[0, 1]]), styles)
 
 
-def boundary(ws: ArrayLike, labels: ArrayLike, styles: Styles, *, ridge: float = 1e-3, steps: int = 50) -> Directions:
-    """The normal of the boundary between two classes, by logistic regression (Newton's method).
+def boundary(ws: ArrayLike, labels: ArrayLike, styles: Styles, *, ridge: float = 1e-3) -> Directions:
+    """The normal of the boundary between two classes, by logistic regression.
 
     Args:
       ws: [N, w_dim].
       labels: [N], 0 or 1.
       styles: of `sample_styles`, for the scale.
       ridge: weight of the squared normal, for `ws` of unit variance.
-      steps: Newton steps at most.
 
     Returns:
-      One direction; its value is the share of the samples on their own side.
+      One direction; its value is the fraction of samples on the side of their class.
 
     Raises:
       ValueError: labels other than 0 and 1, or all the same.
@@ -181,21 +203,26 @@ def boundary(ws: ArrayLike, labels: ArrayLike, styles: Styles, *, ridge: float =
     x, _ = _samples(ws, classes)
     deviation = np.maximum(x.std(0), 1e-12)
     design = np.concatenate([x / deviation, np.ones((len(x), 1))], axis=1)
-    penalty = ridge * len(x) * np.diag([*np.ones(x.shape[1]), 0.0])
-    weights = np.zeros(design.shape[1])
-    for _ in range(steps):
-        p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + penalty + 1e-9 * np.eye(len(weights))
-        change = np.linalg.solve(hessian, design.T @ (p - classes) + penalty @ weights)
-        weights -= change
-        if np.abs(change).max() < 1e-8 * np.abs(weights).max():
-            break
+    penalty = ridge * np.array([*np.ones(x.shape[1]), 0.0])  # none on the bias
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = design @ weights
+        cross_entropy = float(np.mean(np.logaddexp(0, logits) - classes * logits))
+        gradient = design.T @ (scipy.special.expit(logits) - classes) / len(x) + penalty * weights
+        return cross_entropy + float(penalty @ weights**2) / 2, gradient
+
+    def hessian(weights: np.ndarray) -> np.ndarray:
+        p = scipy.special.expit(design @ weights)
+        return (design * (p * (1 - p))[:, None]).T @ design / len(x) + np.diag(penalty)
+
+    start, options = np.zeros(design.shape[1]), {"gtol": 1e-10}
+    weights = scipy.optimize.minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options=options).x
     right = np.mean((design @ weights > 0) == (classes > 0.5))
     return scaled((weights[:-1] / deviation)[None], np.array([right]), styles)
 
 
 def _samples(ws: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both without their means, float64."""
+    """Styles and scores in float64, each minus its mean."""
     x, y = np.asarray(ws, np.float64), np.asarray(scores, np.float64)
     if x.ndim != 2 or y.shape != (len(x),) or len(x) < 2:
         raise ValueError(f"styles {x.shape} and scores {y.shape} do not fit: [N, w_dim] and [N], N at least 2")
@@ -206,11 +233,23 @@ def _samples(ws: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return x - x.mean(0), y - y.mean()
 
 
-def check_layers(config: StyleGAN2Config, layers: tuple[int, int] | None) -> tuple[int, int]:
-    """The range of styles, all of them for None.
+def fit(ws: ArrayLike, scores: ArrayLike, styles: Styles) -> Directions:
+    """`boundary` if all scores are 0 or 1, otherwise `regression`.
 
     Raises:
-      ValueError: the generator does not have it.
+      ValueError: as these.
+    """
+    return (boundary if np.isin(scores, (0, 1)).all() else regression)(ws, scores, styles)
+
+
+# --- ranges of styles ---
+
+
+def check_layers(config: StyleGAN2Config, layers: tuple[int, int] | None) -> tuple[int, int]:
+    """The range of styles that a direction acts on; all of them for None.
+
+    Raises:
+      ValueError: the generator does not have this range.
     """
     first, last = layers or (0, config.num_ws)
     if not 0 <= first < last <= config.num_ws:
@@ -218,13 +257,159 @@ def check_layers(config: StyleGAN2Config, layers: tuple[int, int] | None) -> tup
     return first, last
 
 
-def spread_over(vector: ArrayLike, config: StyleGAN2Config, layers: tuple[int, int] | None = None) -> np.ndarray:
-    """A direction [w_dim] as an edit takes it, [num_ws, w_dim]: in a range of styles, nothing elsewhere.
+def parse_layers(text: str | None, num_ws: int) -> tuple[int, int] | None:
+    """Parses a range of styles such as "0-5", which is (0, 6).
 
     Raises:
-      ValueError: a range that the generator does not have.
+      UserError: another syntax, or styles that the generator does not have.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,3})(?:\s*-\s*(\d{1,3}))?\s*", text, re.ASCII)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < num_ws:
+        raise UserError(
+            f"--layers {text[:40]!r}: give the first and the last style, such as 0-5; there are {num_ws}, from 0"
+        )
+    return first, last + 1
+
+
+def spread_over(vector: ArrayLike, config: StyleGAN2Config, layers: tuple[int, int] | None = None) -> np.ndarray:
+    """A direction [w_dim] in a range of styles, and 0 in the others; [num_ws, w_dim].
+
+    Raises:
+      ValueError: the generator does not have this range.
     """
     first, last = check_layers(config, layers)
     direction = np.zeros((config.num_ws, config.w_dim), np.float32)
     direction[first:last] = np.asarray(vector, np.float32)
     return direction
+
+
+# --- scores ---
+
+
+def seed_styles(
+    config: StyleGAN2Config, params: Params, seeds: Sequence[int], truncation_psi: float = 1.0
+) -> np.ndarray:
+    """Styles [N, num_ws, w_dim] of the z that `generation.random_z` draws; of the first class, if there are classes."""
+    z = [generation.random_z(seed, config.z_dim) for seed in seeds]
+    return generation.styles(config, params, np.reshape(z, (-1, config.z_dim)), truncation_psi=truncation_psi)
+
+
+def read_scores(path: Path) -> tuple[list[int], np.ndarray]:
+    """Reads seeds and their scores from a CSV file with the columns seed and score.
+
+    Raises:
+      UserError: no such file, no such columns, or something other than seeds and numbers in them.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--scores: {path} cannot be read: {error}") from error
+    try:
+        seeds = [int(row["seed"]) for row in rows]
+        scores = np.array([float(row["score"]) for row in rows])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--scores: {path} needs the columns seed and score, with a number in every row") from error
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"--scores: {path}: seeds lie between 0 and 4294967295")
+    return seeds, scores
+
+
+def load_scorer(text: str) -> Scorer:
+    """The function that `FILE.py:NAME` names; the file is run.
+
+    Raises:
+      UserError: no such file or function, or the file cannot be run.
+    """
+    file, colon, name = text.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise UserError(f"--scorer {text[:80]!r}: give FILE.py:NAME, a function in a Python file")
+    if not Path(file).is_file():
+        raise UserError(f"--scorer: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's own program
+        raise UserError(f"--scorer: {file} stops with {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"--scorer: {file} has no function {name[:40]!r}")
+    return found
+
+
+def score(
+    scorer: Scorer, config: StyleGAN2Config, params: Params, ws: np.ndarray, *, batch_size: int = 16
+) -> np.ndarray:
+    """Scores the images of styles.
+
+    Args:
+      scorer: the function that scores.
+      config: sizes of the generator.
+      params: its parameters.
+      ws: [N, num_ws, w_dim].
+      batch_size: images that the scorer gets in one call; the last call may have fewer.
+
+    Returns:
+      [N] float64.
+
+    Raises:
+      UserError: the scorer fails, or does not return one number for each image.
+    """
+    scores = []
+    for first in tqdm.trange(0, len(ws), batch_size, unit="batch", desc="scores"):
+        made = images.to_uint8(generation.draw(config, params, ws[first : first + batch_size]))
+        try:
+            given = np.asarray(scorer(made), np.float64).reshape(-1)
+        except Exception as error:  # it is the user's own program
+            raise UserError(f"--scorer stops with {type(error).__name__}: {error}") from error
+        if given.shape != (len(made),):
+            raise UserError(f"--scorer gave {given.size} numbers for {len(made)} images {made.shape}: one each")
+        scores.append(given)
+    return np.concatenate(scores)
+
+
+# --- strength ---
+
+
+def typical_strength(
+    config: StyleGAN2Config,
+    params: Params,
+    lpips_params: lpips.Params,
+    ws: np.ndarray,
+    direction: np.ndarray,
+    change: float,
+) -> float:
+    """The strength at which images have changed by a given LPIPS (AlexNet) on average.
+
+    Args:
+      config: sizes of the generator.
+      params: its parameters.
+      lpips_params: of LPIPS with AlexNet.
+      ws: [N, num_ws, w_dim], styles of the images.
+      direction: [num_ws, w_dim].
+      change: LPIPS between an image before and after the edit.
+
+    Returns:
+      By linear interpolation between `TRIED_STRENGTHS`; at most the last of them.
+    """
+    before = generation.draw(config, params, ws)
+    reached = [0.0]
+    for strength in TRIED_STRENGTHS:
+        after = generation.draw(config, params, ws + strength * direction)
+        reached.append(float(np.mean(image_change(lpips_params, before, after))))
+        if reached[-1] >= change:
+            break
+    strengths = [0.0, *TRIED_STRENGTHS][: len(reached)]
+    return float(np.interp(change, np.maximum.accumulate(reached), strengths))
+
+
+@jax.jit
+def image_change(lpips_params: lpips.Params, before: ArrayLike, after: ArrayLike) -> Array:
+    """LPIPS (AlexNet) between images [N, R, R, 3] in [-1, 1]; [N]."""
+    return lpips.lpips(lpips_params, jnp.asarray(before), jnp.asarray(after), "alex")

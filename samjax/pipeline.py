@@ -150,6 +150,7 @@ class Pipeline:
         cls,
         options: Options,
         *,
+        name: str | None = None,
         segments_given: bool = False,
         max_batch_size: int = 8,
         notify: Callable[[str], None] | None = None,
@@ -159,6 +160,7 @@ class Pipeline:
 
         Args:
           options: of the user; networks as samjax stores them. `ckpt_convert.get.prepare` converts others.
+          name: of the generator; that of the category or of the generator's path if None.
           segments_given: whether segments come with every image, so that no segmenter is needed.
           max_batch_size: upper limit of the default batch size.
           notify: see `Pipeline`.
@@ -186,7 +188,7 @@ class Pipeline:
             else None,
             segmenter=None if segments_given else _segmenter(category.segmenter, options, found.get("segmenter")),
             directions=_directions(options, category, embedded, generator, read_directions),
-            name=category.name if options.gan_weights is None else options.gan_weights.name,
+            name=name or (category.name if options.gan_weights is None else options.gan_weights.name),
             category=category,
             options=options,
             max_batch_size=max_batch_size,
@@ -363,6 +365,17 @@ class Pipeline:
             for i, one in enumerate(known)
         ]  # fmt: skip
 
+    def single_layers(self, known: Analysis) -> dict[str, Inversion]:
+        """The inversions in each layer alone by which error maps were measured.
+
+        Args:
+          known: of `analyze`.
+
+        Returns:
+          An inversion by the name of its layer, the most editable first; empty if the maps were predicted or given.
+        """
+        return {layer: self._single_layer(known, i) for i, layer in enumerate(known.layers)} if known.singles else {}
+
     # --- edits ---
 
     def edit(
@@ -488,6 +501,20 @@ class Pipeline:
         return provenance.fingerprint(self.generator.config, self.generator.params)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What inversions depend on, apart from the image, its segments, and the layers of these."""
+        return {
+            **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("batch_size", "chunk_steps")},
+            "seed": self.options.seed,
+            "start": self.category.start,
+            "encoder": _source(self.encoder),
+            "invertibility": self.category.invertibility,
+            "measure_steps": self.measure_steps if self.predictor is None else None,
+            "predictor": _source(self.predictor),
+            "generator": self.fingerprint,
+        }
+
+    @property
     def layers_shape(self) -> tuple[int, int]:
         """(num_ws, w_dim) of W+."""
         return self.generator.config.num_ws, self.generator.config.w_dim
@@ -564,6 +591,7 @@ class Pipeline:
         else:
             config = driver.even_batches(self.config, len(self.layers))
             config = dataclasses.replace(config, num_opt_steps=self.measure_steps)
+            began = time.perf_counter()
             with _progress("single layers", on_progress) as watch:
                 maps, latents, terms = analysis.measure_maps(
                     self.generator.config, self.networks, known.target[None], known.ws[None], config,
@@ -571,6 +599,7 @@ class Pipeline:
                 )  # fmt: skip
             kept = {"maps": maps[0], "terms": np.stack([term[:, 0] for term in terms])}
             kept |= {f"latent_{name}": value[0] for name, value in latents.items()}
+            kept |= {"seconds": np.asarray((time.perf_counter() - began) / len(self.layers))}
             if path is not None:
                 files.write_npz(path, kept)
         return dataclasses.replace(
@@ -681,23 +710,21 @@ class Pipeline:
 
     def _baselines(self, known: Analysis) -> dict[str, Inversion]:
         """The inversions in the first and in the last layer alone, if maps were measured by them."""
-        if not known.singles:
-            return {}
-        every = {name: np.asarray(mask) for name, mask in single_layer_masks(self.layers).items()}
-        made = {}
-        for i in (0, len(self.layers) - 1):
-            forced = dict.fromkeys(np.unique(known.segments).tolist(), self.layers[i].name)
-            latents = {
-                name.removeprefix("latent_"): array[i : i + 1]
-                for name, array in known.singles.items()
-                if name.startswith("latent_")
-            }
-            masks = {name: mask[i : i + 1] for name, mask in every.items()}
-            made[self.layers[i].name] = self._result(
-                known, self.category.threshold, forced, self._assign(known, [self.category.threshold], forced), latents,
-                masks, self.render(latents, masks)[0], Terms(*known.singles["terms"][:, :, i]), math.nan, {},
-            )  # fmt: skip
-        return made
+        ends = (0, len(known.layers) - 1) if known.singles else ()
+        return {known.layers[i]: self._single_layer(known, i) for i in ends}
+
+    def _single_layer(self, known: Analysis, i: int) -> Inversion:
+        """The inversion in layer i alone, of an analysis with measured maps."""
+        threshold = self.category.threshold
+        forced = dict.fromkeys(np.unique(known.segments).tolist(), known.layers[i])
+        singles = {name: array[i : i + 1] for name, array in known.singles.items() if name.startswith("latent_")}
+        latents = {name.removeprefix("latent_"): array for name, array in singles.items()}
+        masks = {name: np.asarray(mask)[i : i + 1] for name, mask in single_layer_masks(self.layers).items()}
+        return self._result(
+            known, threshold, forced, self._assign(known, [threshold], forced), latents, masks,
+            self.render(latents, masks)[0], Terms(*known.singles["terms"][:, :, i]),
+            float(known.singles.get("seconds", math.nan)), {},
+        )  # fmt: skip
 
     def _result(
         self, known: Analysis, threshold: float, forced: Mapping[int, str], assignment: Assignment,
@@ -738,14 +765,7 @@ class Pipeline:
     def _check_settings(self, known: Analysis, directory: Path) -> None:
         """Makes sure that what is in `directory` was made with the same settings."""
         settings = {
-            **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("batch_size", "chunk_steps")},
-            "seed": self.options.seed,
-            "start": self.category.start,
-            "encoder": _source(self.encoder),
-            "invertibility": self.category.invertibility,
-            "measure_steps": self.measure_steps if self.predictor is None else None,
-            "predictor": _source(self.predictor),
-            "generator": self.fingerprint,
+            **self.settings,
             "target": provenance.fingerprint(known.target),
             "segments": [known.segments_from, self.options.swap_channels]
             if known.segments_from != "given"

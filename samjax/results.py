@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samjax import losses
 from samjax.analysis import Analysis
 from samjax.config import Category, InversionConfig
 from samjax.errors import UserError
@@ -82,8 +81,8 @@ class Inversion:
         return images.to_pil(self.full_size(self.image))
 
     def full_size(self, image: np.ndarray) -> np.ndarray:
-        """A generator's image [R, R, 3] without the letterbox of this category; see `losses.full_size`."""
-        return losses.full_size(image, *self.category.target_size)
+        """A generator's image [R, R, 3] without the rows that letterboxing added; see `losses.full_size`."""
+        return self.analysis.full_size(image)
 
     def save(self, directory: str | Path) -> None:
         """Writes inversion.npz and inversion.json, from which `Pipeline.load` continues.
@@ -94,7 +93,7 @@ class Inversion:
         Raises:
           UserError: the directory cannot be written.
         """
-        directory = files.output_folder(directory)
+        directory = files.output_directory(directory)
         arrays = {name: getattr(self.analysis, name) for name in ("source", "target", "segments", "ws", "maps")}
         arrays |= {f"single_{name}": array for name, array in self.analysis.singles.items()}
         arrays |= {f"latent_{name}": array for name, array in self.latents.items()}

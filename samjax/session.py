@@ -1,11 +1,16 @@
-"""What one person does with one image on the page of app.py, without the page.
+"""One image being worked on, from its analysis to its edits: the state behind a page or a notebook.
 
-A `Studio` is loaded once and shared; a `Session` belongs to one person and one image.
+    session = Session(Pipeline.from_pretrained("demo"), "photo.png")
+    session.analyze()
+    session.threshold = 0.3
+    session.invert()
+    session.edit({"blue_car": 2.0})
+
+Any number of sessions share a pipeline. Each belongs to one user and one image.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import queue
 import tempfile
@@ -13,331 +18,351 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import invert
 import jax.numpy as jnp
-import networks
 import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
 
-from samjax import api, editing, maps
-from samjax.config import InversionConfig
-from samjax.inversion import Progress
-from samjax.io import files, images, report
+from samjax import driver, editing, layer_selection, losses, report
+from samjax.analysis import Analysis
+from samjax.errors import UserError
+from samjax.io import files, images
+from samjax.layer_selection import Assignment
+from samjax.pipeline import Pipeline
+from samjax.report import Content
+from samjax.results import Inversion
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 T = TypeVar("T")
 
 
-class Studio(NamedTuple):
-    """What all sessions share: the settings, the networks, the directions [num_ws, w_dim] by name, and the threshold
-    to begin with."""
-
-    settings: invert.Settings
-    nets: networks.Networks
-    config: InversionConfig
-    models: api.Models
-    directions: dict[str, np.ndarray]
-    threshold: float
-
-    @property
-    def layers(self) -> list[str]:
-        return [layer.name for layer in self.models.layers]
-
-
-def load(settings: invert.Settings) -> Studio:
-    """Loads what the settings ask for.
-
-    Raises:
-      UserError: as in invert.py.
-    """
-    nets = networks.load(settings)
-    threshold = invert.settle_threshold(settings, nets.category)
-    config = invert.settle_config(settings, nets)
-    models = api.load_models(nets.generator, config, seed=settings.seed)
-    return Studio(settings, nets, config, models, invert.load_directions(settings, nets), threshold)
-
-
 class StoppedError(Exception):
-    """Somebody asked for an end of what was running."""
+    """The work was ended by `Session.stop`."""
 
 
-class Report(NamedTuple):
-    """Of something that is running: what, how far it is (0 to 1), in words, and a picture [R, R, 3] where there is
-    one."""
+class ProgressUpdate(NamedTuple):
+    """The progress of an analysis or an inversion.
 
-    what: str
-    share: float
-    words: str
-    picture: np.ndarray | None = None
+    Attributes:
+      task: what is running.
+      fraction: of the work that is done, 0 to 1.
+      message: step, loss and time left, in words.
+      image: [R, R, 3], the generator's image of the current latents, about once a second during an inversion.
+    """
+
+    task: str
+    fraction: float
+    message: str
+    image: np.ndarray | None = None
 
 
-Tell = Callable[[Report], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """A finished inversion: the choice of layers it was made with, and its features, from which edits are drawn."""
-
-    threshold: float
-    forced: Mapping[int, str]
-    assignment: maps.Assignment
-    item: invert.Inverted
-    features: dict[int, Any]
-    seconds: float
+OnProgress = Callable[[ProgressUpdate], None]
 
 
 class Session:
-    """One image, from opening to edits.
+    """One image, from opening it to editing it.
 
-    Not frozen: the page's controls reach it from several threads, each changes its own part, and no one's change may
-    be lost when another's run ends.
+    Several threads may use a session at once: the controls of a page change `threshold` and `forced` while an inversion
+    runs, which uses the values of its beginning.
 
     Attributes:
-      studio: what it works with.
-      photograph: the image.
-      folder: of its own, for downloads; goes with `close`.
+      pipeline: that does the work.
+      name: of the image.
+      source: uint8 [H, W, 3], the image as it was given.
+      target: float32 [h, w, 3] in [-1, 1], the image to reconstruct.
       threshold: mean error up to which a segment may use a layer.
-      forced: label of a segment to the layer that it gets whatever the threshold; replaced, never changed.
-      looked: segments, start and error maps; None until `look`.
-      done: the last inversion; None until `invert`.
+      forced: label to layer of the segments whose layer is chosen by hand; it is replaced, never modified.
+      analysis: segments, start of W+ and error maps; None before `analyze`.
     """
 
-    def __init__(self, studio: Studio, photograph: invert.Photograph):
-        self.studio = studio
-        self.photograph = photograph
-        self.threshold = studio.threshold
-        self.forced: dict[int, str] = {}
-        self.looked: invert.Looked | None = None
-        self.done: Done | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="samjax-", ignore_cleanup_errors=True)
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        image: str | Path | Image.Image | ArrayLike,
+        segments: str | Path | ArrayLike | None = None,
+        *,
+        segment_names: Mapping[int, str] | None = None,
+    ) -> None:
+        """Opens an image.
+
+        Args:
+          pipeline: that analyzes, inverts and edits it.
+          image: as in `Pipeline.analyze`.
+          segments: as in `Pipeline.analyze`.
+          segment_names: label to what the segment shows.
+
+        Raises:
+          UserError: the image, or the file of the segments, cannot be used.
+        """
+        self.pipeline = pipeline
+        self.name = Path(image).stem if isinstance(image, str | Path) else "image"
+        self.source = images.as_image(image, notify=lambda _: None)  # `analyze` notifies
+        height, width = pipeline.category.target_size
+        self.target = images.to_float(images.fit(self.source, height, width, pipeline.options.fit))
+        if isinstance(segments, str | Path):
+            images.image_size(segments)
+        self._image, self._segments, self._segment_names = image, segments, segment_names
+        self.threshold = pipeline.category.threshold
+        self.forced: Mapping[int, str] = {}
+        self.analysis: Analysis | None = None
+        self._finished: tuple[Inversion, dict[int, Array]] | None = None  # with the features that edits keep
+        self._directory = tempfile.TemporaryDirectory(prefix="samjax-", ignore_cleanup_errors=True)
         self._stop = threading.Event()
 
     @property
-    def folder(self) -> Path:
-        return Path(self._folder.name)
+    def directory(self) -> Path:
+        """A temporary directory of this session; `close` removes it."""
+        return Path(self._directory.name)
+
+    @property
+    def inversion(self) -> Inversion | None:
+        """The last finished inversion; None before `invert`."""
+        return None if self._finished is None else self._finished[0]
 
     def stop(self) -> None:
-        """Ends what is running, at its next step."""
+        """Ends the analysis or inversion that is running, at its next step."""
         self._stop.set()
 
     def close(self) -> None:
-        """Stops, and removes its files."""
+        """Ends what is running, and removes the temporary directory."""
         self.stop()
-        self._folder.cleanup()
+        self._directory.cleanup()
 
-    # --- the image ---
+    # --- analysis and layers ---
 
-    def look(self, tell: Tell) -> None:
-        """Finds segments, start and error maps.
+    def analyze(self, on_progress: OnProgress | None = None) -> None:
+        """Finds segments, where W+ starts, and error maps; see `Pipeline.analyze`.
+
+        Args:
+          on_progress: called between chunks of steps, if error maps are measured.
 
         Raises:
-          StoppedError: see `stop`.
-          DivergedError: a loss that is not finite.
+          StoppedError: `stop` was called.
+          UserError: the image or its segments cannot be used.
+          DivergedError: a loss is not finite.
         """
-        studio, target = self.studio, self.photograph.target
         self._stop.clear()
-        segments, ws = invert.first_look(studio.settings, studio.nets, self.photograph, studio.models)
-        if studio.nets.predictor is not None:
-            error_maps = networks.predicted_maps(studio.nets, target, studio.config.latent_names)
-            self.looked = invert.Looked(segments, ws, error_maps, [])
-            return
-        measured = api.measure(
-            studio.models, target, ws, num_opt_steps=invert.measure_steps(studio.settings, studio.config),
-            seed=studio.settings.seed, on_progress=self._watch("Measuring the error maps", tell),
+        self.analysis = self.pipeline.analyze(
+            self._image, segments=self._segments, segment_names=self._segment_names,
+            on_progress=self._watch("Measuring the error maps", on_progress, draw=False),
         )  # fmt: skip
-        latents = {name: np.asarray(value[0]) for name, value in measured.latents.items()}
-        singles = invert.single_inversions(studio.models, latents, np.asarray(measured.terms.total)[:, 0])
-        self.looked = invert.Looked(segments, ws, measured.maps[0], singles)
 
     def segment_at(self, x: float, y: float) -> int:
-        """Label of the segment at a place of the image, both 0 to 1 from the upper left."""
-        assert self.looked is not None
-        height, width = self.looked.segments.shape
-        row, column = (min(max(int(v * n), 0), n - 1) for v, n in ((y, height), (x, width)))
-        return int(self.looked.segments[row, column])
+        """The label of the segment at a position, given as fractions of the width and the height from the upper left.
+
+        Raises:
+          UserError: the image is not analyzed yet.
+        """
+        segments = self._analyzed().segments
+        row, column = (min(max(int(v * n), 0), n - 1) for v, n in zip((y, x), segments.shape, strict=True))
+        return int(segments[row, column])
 
     def force(self, label: int, layer: str | None) -> None:
-        """Gives a segment a layer whatever the threshold, or leaves it to the threshold again."""
-        self.forced = {k: v for k, v in self.forced.items() if k != label} | ({label: layer} if layer else {})
+        """Chooses the layer of a segment by hand, or leaves it to the threshold again if `layer` is None."""
+        others = {key: value for key, value in self.forced.items() if key != label}
+        self.forced = others | ({label: layer} if layer else {})
 
-    def assignment(self) -> maps.Assignment:
-        """The layer of each segment, by the threshold and by force."""
-        assert self.looked is not None
-        chosen = maps.assign_layers(self.looked.maps, self.looked.segments, self.threshold)
-        indices = {label: self.studio.layers.index(name) for label, name in self.forced.items()}
-        return maps.force_layers(chosen, self.looked.segments, indices)
+    def assignment(self) -> Assignment:
+        """The layer of each segment, by `threshold` and `forced`.
 
-    def preview(self) -> report.Result:
-        """What is known before an inversion, for pictures."""
-        return self._describe(self.threshold, self.forced, self.assignment(), {}, {})
+        Raises:
+          UserError: the image is not analyzed yet.
+        """
+        known = self._analyzed()
+        chosen = layer_selection.assign_layers(known.maps, known.segments, self.threshold)
+        indices = {label: known.layers.index(layer) for label, layer in self.forced.items()}
+        return layer_selection.force_layers(chosen, known.segments, indices)
+
+    def preview(self) -> Content:
+        """What figures show before an inversion: segments, error maps, and the layer of each segment.
+
+        Raises:
+          UserError: the image is not analyzed yet.
+        """
+        return report.preview(self._analyzed(), self.assignment(), self.threshold, forced=self.forced)
 
     # --- inversion and edits ---
 
-    def invert(self, tell: Tell) -> None:
-        """Inverts the image with the layers chosen now.
+    def invert(self, on_progress: OnProgress | None = None) -> Inversion:
+        """Inverts the image in the layers of `assignment`; see `Pipeline.invert`.
+
+        It also prepares `edit`, so that the first edit is as fast as every other.
+
+        Args:
+          on_progress: called between chunks of steps.
+
+        Returns:
+          The inversion, which is also `inversion` from now on.
 
         Raises:
-          StoppedError: see `stop`.
-          DivergedError: a loss that is not finite.
+          StoppedError: `stop` was called.
+          UserError: the image is not analyzed yet.
+          DivergedError: a loss is not finite.
         """
-        assert self.looked is not None
-        studio, threshold, forced, assignment = self.studio, self.threshold, self.forced, self.assignment()
         self._stop.clear()
-        began = time.perf_counter()
-        masks = maps.stack_masks(assignment.layer_maps, studio.models.layers)
-        result = api.invert_layers(
-            studio.models, self.photograph.target, assignment.layer_maps, self.looked.ws, seed=studio.settings.seed,
-            on_progress=self._watch("Inverting", tell, masks),
+        inversion = self.pipeline.invert(
+            self._analyzed(), threshold=self.threshold, layers=self.forced,
+            on_progress=self._watch("Inverting", on_progress, draw=True),
         )  # fmt: skip
-        item = invert.Inverted(result.latents, result.masks, result.images[0], np.asarray(result.terms.total)[:, 0])
-        generator, precision = studio.models.generator, studio.config.matmul_precision
+        generator, config = self.pipeline.generator, self.pipeline.config
         features = editing.record(
-            generator.config,
-            generator.params,
-            item.latents,
-            item.masks,
-            noise=studio.config.stored_noise,
-            precision=precision,
-        )
-        self.done = Done(threshold, forced, assignment, item, features, time.perf_counter() - began)
-        self.edit(dict.fromkeys(studio.directions, 1.0))  # compiles, so that the first edit is as fast as the next
+            generator.config, generator.params, dict(inversion.latents), inversion.masks, noise=config.stored_noise,
+            precision=config.matmul_precision,
+        )  # fmt: skip
+        self._finished = inversion, features
+        self.edit(dict.fromkeys(self.pipeline.directions, 1.0))  # compiles
+        return inversion
 
     def summary(self) -> str:
-        """One line about the last inversion."""
-        assert self.done is not None
-        distance = api.distances(self.studio.models, self.done.item.image[None], self.photograph.target)[0]
-        return f"Inverted in {self.done.seconds:.0f} s: LPIPS {distance:.3f} (0 is equal)."
+        """One line about the last inversion.
+
+        Raises:
+          UserError: there is none yet.
+        """
+        inversion, _ = self._inverted()
+        return f"Inverted in {inversion.seconds:.0f} s: LPIPS {inversion.metrics['LPIPS']:.3f} (0 is equal)."
 
     def edit(self, strengths: Mapping[str, float]) -> np.ndarray:
-        """The inverted image with several directions at once, each with its strength; [R, R, 3] in [-1, 1].
+        """Edits the last inversion along several directions at once.
 
-        Without any, the reconstruction itself.
+        Args:
+          strengths: strength by the name of a direction of the pipeline; if all are 0, the reconstruction results.
+
+        Returns:
+          The generator's image, [R, R, 3] in [-1, 1].
+
+        Raises:
+          UserError: there is no inversion yet, or no direction of this name.
         """
-        assert self.done is not None
-        studio, item = self.studio, self.done.item
+        inversion, features = self._inverted()
+        directions = self.pipeline.directions
+        if unknown := [name for name in strengths if name not in directions]:
+            raise UserError(f"there is no direction {unknown[0]!r}: known are {', '.join(directions) or 'none'}")
         if not any(strengths.values()):
-            return np.clip(item.image, -1, 1)
-        generator = studio.models.generator
-        way = sum(strength * studio.directions[name] for name, strength in strengths.items())
+            return np.clip(inversion.image, -1, 1)
+        generator, config = self.pipeline.generator, self.pipeline.config
+        total = sum(strength * directions[name] for name, strength in strengths.items())
         image = editing.apply(
-            generator.config, generator.params, jnp.asarray(item.latents["W+"]), self.done.features, item.masks,
-            jnp.asarray(way)[None], jnp.ones(1), noise=studio.config.stored_noise, precision=studio.config.matmul_precision,
+            generator.config, generator.params, jnp.asarray(inversion.latents["W+"]), features, inversion.masks,
+            jnp.asarray(total)[None], jnp.ones(1), noise=config.stored_noise, precision=config.matmul_precision,
         )  # fmt: skip
         return np.clip(np.asarray(image[0]), -1, 1)
 
-    def result(self) -> report.Result:
-        """The inversion and its edits, for the report."""
-        assert self.looked is not None
-        assert self.done is not None
-        models, methods = self.studio.models, {"SAM": self.done.item}
-        if self.looked.singles:
-            singles = self.looked.singles
-            methods = {"W+": singles[0], models.layers[-1].name: singles[-1], **methods}
-        job = self._job(self.done.threshold)
-        edited = {name: invert.edit(job, models, item) for name, item in methods.items()}
-        return self._describe(self.done.threshold, self.done.forced, self.done.assignment, methods, edited)
-
     def full_size(self, image: np.ndarray) -> np.ndarray:
-        """A generator's image [R, R, 3] without the rows of its letterbox."""
-        return invert.full_size(self._job(self.threshold), image)
+        """A generator's image [R, R, 3] at its own size, without the letterbox."""
+        return losses.full_size(image, *self.pipeline.category.target_size)
 
-    def save(self, folder: Path, strengths: Mapping[str, float]) -> list[Path]:
-        """Writes latents (as invert.py does), reconstruction, edited image and report into a folder; the files."""
-        assert self.done is not None
-        item, stem = self.done.item, self.photograph.path.stem
-        paths = [
-            folder / f"{stem}_{name}" for name in ("latents.npz", "reconstruction.png", "edited.png", "report.html")
-        ]
-        latents = {f"latent_{name}": np.asarray(value) for name, value in item.latents.items()}
-        files.write_npz(paths[0], latents | {"loss": item.loss, "layer_map": self.done.assignment.layer_maps[0]})
-        images.save_png(paths[1], self.full_size(item.image))
+    def describe(self) -> Content:
+        """What the report shows: the last inversion, its baselines, and each direction at several strengths.
+
+        Raises:
+          UserError: there is no inversion yet.
+        """
+        inversion, _ = self._inverted()
+        return report.describe(inversion, edits=self.pipeline.edit_sweep(inversion))
+
+    def save(self, directory: str | Path, strengths: Mapping[str, float]) -> list[Path]:
+        """Writes the last inversion: latents, reconstruction, edited image and report.
+
+        The images have the generator's own size, without the letterbox.
+
+        Args:
+          directory: of the files; it is created if it is missing.
+          strengths: of the edited image, as in `edit`.
+
+        Returns:
+          The files: NAME_latents.npz, with "latent_W+" and so on, "loss" [steps] and "layer_map" [h, w];
+          NAME_reconstruction.png; NAME_edited.png; NAME_report.html.
+
+        Raises:
+          UserError: there is no inversion yet, no direction of this name, or a file cannot be written.
+        """
+        inversion, _ = self._inverted()
+        names = ("latents.npz", "reconstruction.png", "edited.png", "report.html")
+        paths = [Path(directory) / f"{self.name}_{name}" for name in names]
+        arrays = {f"latent_{name}": latent for name, latent in inversion.latents.items()}
+        arrays |= {"loss": np.asarray(inversion.terms.total), "layer_map": inversion.assignment.layer_maps[0]}
+        files.write_npz(paths[0], arrays)
+        images.save_png(paths[1], self.full_size(inversion.image))
         images.save_png(paths[2], self.full_size(self.edit(strengths)))
-        files.write_text(paths[3], report.render_html(self.result()))
+        files.write_text(paths[3], report.render_html(self.describe()))
         return paths
 
     # --- within ---
 
-    def _watch(self, what: str, tell: Tell, masks: Any = None) -> Callable[[Progress], None]:
-        """Tells how far it is, once a second with a picture where there are masks to draw it with."""
+    def _analyzed(self) -> Analysis:
+        if self.analysis is None:
+            raise UserError("the image is not analyzed yet: call analyze")
+        return self.analysis
+
+    def _inverted(self) -> tuple[Inversion, dict[int, Array]]:
+        if self._finished is None:
+            raise UserError("the image is not inverted yet: call invert")
+        return self._finished
+
+    def _watch(self, task: str, on_progress: OnProgress | None, *, draw: bool) -> driver.OnProgress:
+        """A callback of the driver that stops, and that reports progress: once a second with an image if `draw`."""
         last = -math.inf
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: driver.Progress) -> None:
             nonlocal last
             if self._stop.is_set():
                 raise StoppedError
-            share = (progress.group + progress.step / progress.num_steps) / progress.groups
+            if on_progress is None:
+                return
+            fraction = (progress.group + progress.step / progress.num_steps) / progress.groups
             loss = float(np.mean(progress.terms.total[-1]))
-            words = f"step {progress.step} of {progress.num_steps}, loss {loss:.3f}, {time_left(progress.seconds_left)}"
+            left = time_left(progress.seconds_left)
+            message = f"step {progress.step} of {progress.num_steps}, loss {loss:.3f}, {left}"
             if progress.groups > 1:
-                words = f"layer {progress.group + 1} of {progress.groups}, {words}"
-            picture = None
-            if masks is not None and time.perf_counter() - last > 1:
+                message = f"layer {progress.group + 1} of {progress.groups}, {message}"
+            image = None
+            if draw and time.perf_counter() - last > 1:
                 last = time.perf_counter()
-                picture = api.render(self.studio.models, progress.state.latents, masks)[0]
-            tell(Report(what, share, words, picture))
+                image = self.pipeline.render(progress.state.latents, progress.masks)[0]
+            on_progress(ProgressUpdate(task, fraction, message, image))
 
         return watch
 
-    def _job(self, threshold: float) -> invert.Job:
-        studio = self.studio
-        return invert.Job(
-            nets=studio.nets,
-            category=studio.nets.category,
-            config=studio.config,
-            photograph=self.photograph,
-            folder=self.folder,
-            thresholds=[threshold],
-            main_threshold=threshold,
-            measure_steps=invert.measure_steps(studio.settings, studio.config),
-            directions=studio.directions,
-            strengths=studio.settings.edit_strengths,
-            generator_name=invert.generator_name(studio.settings, studio.nets),
-        )
 
-    def _describe(
-        self, threshold: float, forced: Mapping[int, str], assignment: maps.Assignment, methods: Any, edited: Any
-    ) -> report.Result:
-        assert self.looked is not None
-        job, models = self._job(threshold), self.studio.models
-        return invert.describe(job, models, self.looked, assignment, 0, methods, edited, forced)
+def stream(work: Callable[[OnProgress], T]) -> Generator[ProgressUpdate, None, T]:
+    """Runs work in a thread of its own, and yields its progress.
 
+    If updates arrive faster than they are consumed, those without an image are skipped.
 
-def open_image(studio: Studio, path: Path, segments_path: Path | None = None) -> Session:
-    """A session with an image of one's own, or with a sample of the demo and its segments.
+    Args:
+      work: called with the function to report progress to, such as `Session.invert`.
 
-    Raises:
-      UserError: not to be used as an image.
+    Returns:
+      What `work` returns. An error that it raises is raised here.
     """
-    picture = images.read_image(path)
-    return Session(studio, invert.fitted(path, picture, studio.nets.category, studio.settings.fit, segments_path))
-
-
-def stream(work: Callable[[Tell], T]) -> Generator[Report, None, T]:
-    """Runs `work` in a thread of its own, and gives what it tells on the way; reports that nobody took in time are
-    passed over, pictures are not."""
-    news: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-    outcome: list[T] = []
+    events: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    results: list[T] = []
 
     def run() -> None:
         try:
-            outcome.append(work(lambda told: news.put((False, told))))
-            news.put((True, None))
-        except BaseException as error:  # handed on to whoever waits
-            news.put((True, error))
+            results.append(work(lambda update: events.put((False, update))))
+            events.put((True, None))
+        except BaseException as error:  # raised again in the thread that consumes
+            events.put((True, error))
 
     threading.Thread(target=run, daemon=True).start()
     while True:
-        ended, told = news.get()
-        while not ended and told.picture is None and not news.empty():
-            ended, told = news.get()
+        ended, event = events.get()
+        while not ended and event.image is None and not events.empty():
+            ended, event = events.get()
         if not ended:
-            yield told
+            yield event
             continue
-        if told is not None:
-            raise told
-        return outcome[0]
+        if event is not None:
+            raise event
+        return results[0]
 
 
 def time_left(seconds: float) -> str:
-    """ "9 s left", "3 min left"."""
+    """A duration in words, such as "9 s left" or "3 min left"."""
     return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"

@@ -1,5 +1,5 @@
-"""Checkpoints as other programs write them, of generators of any size: written with torch and with stand-ins for
-the classes of NVIDIA's repositories, so that their pickles name what real ones name."""
+"""Writers of checkpoints of generators as other programs write them, with torch, and with stand-ins for the classes of
+NVIDIA's repositories, so that the pickles have the same names as real ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = StyleGAN2Config(img_resolution=16, z_dim=8, w_dim=12, mapping_layers=2, c
 
 
 def random_params(config: StyleGAN2Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Parameters of ours, by flat names, drawn at random."""
+    """Random parameters by samjax's flat names."""
     rng = np.random.default_rng(seed)
     return {
         name: np.asarray(rng.standard_normal(shape, np.float32))
@@ -45,7 +45,7 @@ def tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _modules(**modules: dict[str, Any]) -> Iterator[None]:
-    """Makes modules with these members importable, as far as pickling looks; `__` in a name stands for a dot."""
+    """Makes modules with these members importable for pickling; `__` in a name stands for a dot."""
     added = {}
     for name, members in modules.items():
         dotted = name.replace("__", ".")
@@ -99,7 +99,7 @@ def nvidia_network(
     arrays: Mapping[str, np.ndarray],
     adjust: Callable[[str, str, dict[str, Any]], None] = lambda *_: None,
 ) -> _Persistent:
-    """A generator as an object that pickles as NVIDIA's do.
+    """A generator as an object that is pickled like NVIDIA's.
 
     `adjust` may change a module's state before it is stored; it gets dotted name, class and state.
     """
@@ -162,7 +162,7 @@ class Network:
 
 
 def tensorflow_network(config: StyleGAN2Config, arrays: Mapping[str, np.ndarray], **kwargs: Any) -> Network:
-    """A generator as a TensorFlow network, with scalars as TensorFlow gives them."""
+    """A generator as a TensorFlow network, with scalars as TensorFlow stores them."""
     stated = {
         "latent_size": config.z_dim, "label_size": config.c_dim, "dlatent_size": config.w_dim,
         "resolution": config.img_resolution, "num_channels": config.img_channels,

@@ -67,7 +67,7 @@ def golden_generator(case: Any) -> tuple[StyleGAN2Config, dict[str, Any]]:
 
 
 def seeded(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The reference's inputs: NCHW arrays by rule, given back as NHWC."""
+    """The reference's inputs: NCHW arrays by rule, as NHWC."""
     array = np.random.default_rng(zlib.crc32(f"A/input/{name}".encode())).standard_normal(shape).astype(np.float32)
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 

@@ -1,10 +1,9 @@
-"""Kills data making and training at random moments, and checks that nothing is lost by it.
+"""Kills the making of training data and the training at random moments, and checks that nothing is lost.
 
     python tests/killing.py --kills 10
 
-What was finished when a process was killed is still there, unchanged, and what the last one leaves is what a run that
-nobody killed leaves: the same pictures, the same figures at every step, the same predictor. The slow tests do this
-with fewer kills.
+Whatever was finished when a process was killed is still there and unchanged. After the last start, images, metrics of
+every step and the predictor are those of an uninterrupted run. Tests marked slow do the same with fewer kills.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
+import chex
 import numpy as np
 from PIL import Image
 
 from samjax.io import checkpoints
-from samjax.nets import stylegan2
+from samjax.testing import TINY_64, tiny_generator
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def environment(folder: Path, devices: int = 1) -> dict[str, str]:
-    """Of the processes; they share what they compile, so that little of their time goes into starting."""
+    """Environment of the processes, which share compiled programs, so that starting takes little of their time."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
     return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **cache}
 
@@ -40,58 +39,58 @@ def environment(folder: Path, devices: int = 1) -> dict[str, str]:
 # --- what is run ---
 
 
-def write_photos(folder: Path, count: int) -> Path:
-    """A generator of 64 px and photographs."""
-    config = stylegan2.StyleGAN2Config(64, z_dim=8, w_dim=8, mapping_layers=2, channel_base=256, channel_max=8)
-    checkpoints.save_safetensors(folder / "own.safetensors", config, stylegan2.init(config, key=jax.random.key(0)))
-    (folder / "photos").mkdir()
+def write_images(folder: Path, count: int) -> Path:
+    """Writes a generator of 64 px images, and images."""
+    checkpoints.save_safetensors(folder / "own.safetensors", TINY_64, tiny_generator(TINY_64))
+    (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / "photos" / f"p{i}.png")
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / "images" / f"p{i}.png")
     return folder
 
 
 def folder_command(inputs: Path, output: Path, *more: str) -> list[str]:
-    """`invert_folder.py` on `write_photos`."""
+    """The command of `invert_folder.py` for `write_images`."""
     return [
-        sys.executable, str(EXPERIMENTS / "invert_folder.py"), "--image_folder", str(inputs / "photos"),
+        sys.executable, str(EXPERIMENTS / "invert_folder.py"), "--image_folder", str(inputs / "images"),
         "--gan_weights", str(inputs / "own.safetensors"), "--output_path", str(output), "--num_opt_steps", "3",
         "--lpips_type", "alex", "--batch_size", "1", *more,
     ]  # fmt: skip
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images_of(folder: Path) -> dict[str, bytes]:
+    """The contents of all PNG files."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
 
 
 def finished(folder: Path) -> dict[str, bytes]:
-    """The pictures that stand for a finished inversion."""
-    return {name: data for name, data in pictures(folder).items() if name.endswith("reconstruction.png")}
+    """The contents of the files that mark finished inversions."""
+    return {name: data for name, data in images_of(folder).items() if name.endswith("reconstruction.png")}
 
 
 def write_data(folder: Path, count: int, seed: int = 0, size: int = 64) -> Path:
-    """Pictures of two halves, inverted badly on one of them, in the authors' layout."""
+    """Writes images of two halves, with inversions that are bad in one half, in the authors' layout."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        # With texture: where channels hardly vary, batch normalisation makes much of the last digits.
-        picture = rng.integers(0, 60, (size, size, 3), np.uint8)
-        picture[:, : size // 2] += rng.integers(0, 195, 3, np.uint8)
-        picture[:, size // 2 :] += rng.integers(0, 195, 3, np.uint8)
+        # With texture, because batch normalization amplifies rounding errors of channels that hardly vary.
+        image = rng.integers(0, 60, (size, size, 3), np.uint8)
+        image[:, : size // 2] += rng.integers(0, 195, 3, np.uint8)
+        image[:, size // 2 :] += rng.integers(0, 195, 3, np.uint8)
         for layer, strength in (("W+", 90), ("F4", 20)):
-            noisy = picture.astype(int)
+            noisy = image.astype(int)
             noisy[:, : size // 2] += rng.integers(-strength, strength, (size, size // 2, 3))
             final = folder / layer / f"p{i}" / "final"
             final.mkdir(parents=True)
-            Image.fromarray(picture).save(final / "input.png")
+            Image.fromarray(image).save(final / "input.png")
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(final / "reconstruction.png")
     return folder
 
 
 def training_command(data: Path, output: Path, *more: str, steps: int = 20) -> list[str]:
-    """`train_invertibility.py` on `write_data`.
+    """The command of `train_invertibility.py` for `write_data`.
 
-    The learning rate is low enough that rounding does not grow: at the usual one, two runs on one device whose first
-    weights differ in their last digit part by 1e-3 within twenty steps, which hides what is to be seen here.
+    The learning rate is so low that rounding errors do not grow. At the usual one, two runs whose initial weights
+    differ in the last digit differ by 1e-3 after twenty steps, which would hide errors of resuming and of sharding.
     """
     return [
         sys.executable, str(EXPERIMENTS / "train_invertibility.py"), "--dataset_folder_train", str(data / "train"),
@@ -101,19 +100,20 @@ def training_command(data: Path, output: Path, *more: str, steps: int = 20) -> l
     ]  # fmt: skip
 
 
-def figures(folder: Path) -> list[dict[str, float]]:
-    """Every line of a training's figures, but for the seconds."""
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """All metrics of a training except the times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def predictor(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoints.flatten(checkpoints.load_network(folder / "predictor", "invertibility").variables)
+def predictor_of(folder: Path) -> dict[str, np.ndarray]:
+    """The parameters of a trained predictor."""
+    return checkpoints.flatten(checkpoints.load_network(folder / "predictor", "invertibility").params)
 
 
 def run_as_two(command: Callable[..., list[str]], inputs: Path, output: Path, env: dict[str, str]) -> None:
-    """Two processes of `command` that work as one, over loopback; both must end well."""
+    """Runs `command` in two connected processes on this machine, which must both succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -133,12 +133,12 @@ def run_with_kills(
     after_kill: Callable[[], None] = lambda: None,
     seed: int = 0,
 ) -> int:
-    """Starts `command` again and again, kills it at random moments, and lets the last one end.
+    """Starts `command` repeatedly, kills it at random moments, and lets the last process finish.
 
-    One in four dies while it starts; the others when they are further than the one before, and up to a second later.
+    One in four processes is killed while it starts, the others up to a second after they have made progress.
 
     Returns:
-      How many were killed.
+      The number of killed processes.
     """
     rng, killed = np.random.default_rng(seed), 0
     while killed < kills:
@@ -161,7 +161,7 @@ def run_with_kills(
 
 
 def kill_data_making(inputs: Path, output: Path, alone: Path, kills: int, env: dict[str, str]) -> int:
-    """`alone` is what an uninterrupted run left."""
+    """Kills and restarts a run, and compares it with `alone`, the output of an uninterrupted one."""
     seen: dict[str, bytes] = {}
 
     def after_kill() -> None:
@@ -170,17 +170,16 @@ def kill_data_making(inputs: Path, output: Path, alone: Path, kills: int, env: d
         seen.update(found)
 
     killed = run_with_kills(folder_command(inputs, output), env, kills, lambda: len(finished(output)), after_kill)
-    assert pictures(output) == pictures(alone), "the pictures are not those of the uninterrupted run"
+    assert images_of(output) == images_of(alone), "the images differ from those of the uninterrupted run"
     return killed
 
 
 def kill_training(data: Path, output: Path, alone: Path, kills: int, env: dict[str, str], steps: int = 20) -> int:
-    """`alone` is what an uninterrupted run left."""
+    """Kills and restarts a run, and compares it with `alone`, the output of an uninterrupted one."""
     command = training_command(data, output, steps=steps)
-    killed = run_with_kills(command, env, kills, lambda: len(figures(output)))
-    assert figures(output) == figures(alone), "the figures are not those of the uninterrupted run"
-    expected, found = predictor(alone), predictor(output)
-    assert all((expected[name] == found[name]).all() for name in expected), "another predictor"
+    killed = run_with_kills(command, env, kills, lambda: len(metrics_of(output)))
+    assert metrics_of(output) == metrics_of(alone), "the metrics differ from those of the uninterrupted run"
+    chex.assert_trees_all_equal(predictor_of(alone), predictor_of(output))
     return killed
 
 
@@ -191,7 +190,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         env = environment(folder)
-        write_photos(folder, 3 * kills)
+        write_images(folder, 3 * kills)
         subprocess.run(folder_command(folder, folder / "alone"), check=True, capture_output=True, env=env)
         killed = kill_data_making(folder, folder / "killed", folder / "alone", kills, env)
         print(f"data making: killed {killed} times, the same {len(finished(folder / 'alone'))} inversions", flush=True)
@@ -200,7 +199,7 @@ def main() -> None:
         command = training_command(folder / "data", folder / "run_alone", steps=4 * kills)
         subprocess.run(command, check=True, capture_output=True, env=env)
         killed = kill_training(folder / "data", folder / "run", folder / "run_alone", kills, env, steps=4 * kills)
-        print(f"training: killed {killed} times, the same figures at all {4 * kills} steps and the same predictor")
+        print(f"training: killed {killed} times, the same metrics at all {4 * kills} steps and the same predictor")
 
 
 if __name__ == "__main__":

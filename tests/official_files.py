@@ -1,10 +1,10 @@
-"""The files of the official categories, at full size and as their authors distribute them, filled by rule.
+"""Writers of the official categories' files, at full size, as their authors distribute them, with weights by rule.
 
     python tests/official_files.py cars DIR                       # the names that `--weights DIR` looks for
     python tests/official_files.py cats DIR --stylegan3 CHECKOUT
 
-The pickles of NVIDIA's PyTorch repositories carry source code. Here it is a trap, so that only readers which run
-nothing can read them; with a checkout of stylegan3 it is what NVIDIA's own program writes.
+The pickles of NVIDIA's PyTorch repositories contain source code. Here it is a trap for readers that execute it; with a
+checkout of stylegan3 the pickles are written by NVIDIA's own program.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SALT = "A"
 
 
 def by_rule(state: Mapping[str, Any], fill: Fill, salt: str) -> OrderedDict[str, torch.Tensor]:
-    """A state dict of these names and shapes; what the rule leaves alone is left out."""
+    """A state dict of these names and shapes; names for which the rule returns None are left out."""
     filled = {name: fill(name, tuple(shape), salt) for name, shape in state.items()}
     held = OrderedDict((name, torch.as_tensor(array)) for name, array in filled.items() if array is not None)
     held._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]  # as torch does
@@ -55,7 +55,7 @@ def names_in(case: str, key: str) -> dict[str, Any]:
 
 
 def generator(config: StyleGAN2Config) -> dict[str, np.ndarray]:
-    """A generator's parameters by our flat names, filled under NVIDIA's names."""
+    """A generator's parameters by samjax's flat names, filled by rule under NVIDIA's names."""
     fill = load_fill().fill
     rows = stylegan2.NVIDIA.rows
     params = {}
@@ -70,10 +70,10 @@ def generator(config: StyleGAN2Config) -> dict[str, np.ndarray]:
 
 
 def write_tensorflow(path: Path, config: StyleGAN2Config) -> None:
-    """(G, D, Gs); D, which no inversion needs, is one of 8 px."""
+    """(G, D, Gs); D, which inversion does not use, is one of 8 px."""
     arrays = ckpt_files.their_arrays("tensorflow", config, generator(config))
     network = ckpt_files.tensorflow_network(config, arrays)
-    network.state["static_kwargs"].pop("conv_clamp")  # the program that wrote these had none
+    network.state["static_kwargs"].pop("conv_clamp")  # the program that wrote these files has none
     shapes = {
         "8x8/FromRGB/weight": (1, 1, 3, 32), "8x8/FromRGB/bias": (32,),
         "8x8/Conv0/weight": (3, 3, 32, 32), "8x8/Conv0/bias": (32,),
@@ -136,7 +136,7 @@ def write_invertibility(path: Path) -> None:
 
 def write_ade20k(path: Path, part: str) -> None:
     state = by_rule(names_in("ade20k_A", f"{part}_weights"), load_fill().fan_scaled, f"{SALT}/{part}")
-    torch.save(state, path, _use_new_zipfile_serialization=False)  # written before torch had the other form
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # in the format that torch had then
 
 
 def write_bisenet(path: Path) -> None:
@@ -147,20 +147,20 @@ def write_bisenet(path: Path) -> None:
 def write_detectron2(path: Path) -> None:
     state = by_rule(names_in("maskrcnn_A", "weights"), load_fill().maskrcnn, SALT)
     model = {name: value.numpy() for name, value in state.items()}
-    # Random deltas throw boxes out of the picture, where they are empty; those of a trained network stay near.
+    # Random deltas move boxes out of the image, where they are empty; those of a trained network stay near.
     for name in ("proposal_generator.rpn_head.anchor_deltas.weight", "roi_heads.box_predictor.bbox_pred.weight"):
         model[name] = model[name] * np.float32(0.1)
     path.write_bytes(pickle.dumps({"model": model, "__author__": "Detectron2 Model Zoo"}, 4))
 
 
 def write(category: str, folder: Path, stylegan3: Path | None = None, config: StyleGAN2Config | None = None) -> None:
-    """Every file of `category` in `folder`.
+    """Writes every file of a category.
 
     Args:
       category: "cars", "faces" or "cats".
-      folder: is made if missing.
+      folder: where to write; it is created if missing.
       stylegan3: a checkout of that repository; see above.
-      config: of another generator than the category's, for tests of what does not need its size.
+      config: of the generator; default: the category's, which some tests do not need.
     """
     config = config or CONFIGS[category]
     writers: dict[str, Callable[[Path], None]] = {

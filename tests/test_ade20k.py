@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +20,13 @@ from samjax.io import checkpoints
 from samjax.nets import ade20k
 from samjax.nets.ade20k import ADE20KConfig
 
-TOLERANCE = 1e-4  # of an array's spread: what float32 sums in another order allow
+TOLERANCE = 1e-4  # relative to an array's spread; float32 sums in another order stay below it
 SMALL = ADE20KConfig(num_classes=7, features=4, blocks=(1, 1, 2, 1))
 State = dict[str, Tensor]
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """`array` as our reader of torch files gives it."""
+    """`array` as read from a torch file."""
     array = np.ascontiguousarray(array)
     storage = Storage(array.dtype, array.size, lambda: memoryview(array.tobytes()))
     return Tensor(storage, 0, array.shape, tuple(step // array.itemsize for step in array.strides))
@@ -37,7 +38,7 @@ def tree(config: ADE20KConfig) -> dict[str, Any]:
 
 
 def convert(*objects: Any) -> tuple[ADE20KConfig, dict[str, np.ndarray]]:
-    """Config and our flat variables from what files hold."""
+    """Config and flat variables from the contents of files."""
     stored = NETWORK.find(objects)
     assert stored is not None
     config = NETWORK.config(stored)
@@ -50,7 +51,7 @@ def convert(*objects: Any) -> tuple[ADE20KConfig, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def published(golden) -> tuple[State, State]:
-    """The case's weights as the two published files hold them."""
+    """The weights of the golden case in the layout of the two published files."""
     case, fill = golden("ade20k_A"), load_fill().fan_scaled
 
     def state(part: str) -> State:
@@ -67,7 +68,7 @@ def converted(published) -> tuple[ADE20KConfig, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def outputs(golden, converted) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and labels of the case's picture, which the case holds as the network gets it: normalised."""
+    """Probabilities and labels of the image of the golden case, which stores it normalized."""
     config, flat = converted
     mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     images = (golden("ade20k_A")["x"].transpose(0, 2, 3, 1) * deviation + mean) * np.float32(2) - np.float32(1)
@@ -90,14 +91,14 @@ def test_probabilities_match_reference(golden, outputs):
 def test_labels_match_reference(golden, outputs):
     labels = outputs[1]
     assert labels.dtype == np.int32
-    assert np.mean(labels == golden("ade20k_A")["argmax"]) >= 0.999  # rounding decides between equal classes
+    assert np.mean(labels == golden("ade20k_A")["argmax"]) >= 0.999  # rounding decides ties between classes
 
 
 # --- files ---
 
 
 def random_variables(config: ADE20KConfig) -> dict[str, np.ndarray]:
-    """Flat variables of ordinary size, none at its default."""
+    """Flat variables of realistic size, none at its default."""
     rng = np.random.default_rng(0)
     flat = {}
     for path, leaf in tree(config).items():
@@ -111,7 +112,7 @@ def random_variables(config: ADE20KConfig) -> dict[str, np.ndarray]:
 
 
 def their_files(flat: dict[str, np.ndarray]) -> tuple[State, State]:
-    """The two files that would hold these variables: the table the other way."""
+    """The two files with these variables, by the inverse of the conversion table."""
     files: dict[str, State] = {"encoder": {}, "decoder": {}}
     for path, values in flat.items():
         name, layout = tables.find(NETWORK.rows, path)
@@ -125,7 +126,7 @@ def small_files() -> tuple[State, State]:
     return their_files(random_variables(SMALL))
 
 
-def test_conversion_takes_every_array_there_and_back(published, converted):
+def test_conversion_round_trip_keeps_every_array(published, converted):
     config, flat = converted
     assert config == ADE20KConfig()
     unused = ("_tmp_running_mean", "_tmp_running_var", "_running_iter", "num_batches_tracked", "deepsup")
@@ -135,7 +136,7 @@ def test_conversion_takes_every_array_there_and_back(published, converted):
             np.testing.assert_array_equal(array.array(), state[name].array(), err_msg=name)
 
 
-def test_small_networks_are_recognised_in_any_order(small_files):
+def test_small_networks_are_recognized_in_any_order(small_files):
     encoder, decoder = small_files
     fc = {"fc.weight": tensor(np.zeros((5, 128), np.float32)), "fc.bias": tensor(np.zeros(5, np.float32))}
     parallel = {f"module.{name}": array for name, array in decoder.items()}
@@ -146,7 +147,7 @@ def test_small_networks_are_recognised_in_any_order(small_files):
             np.testing.assert_array_equal(flat[path], values, err_msg=path)
 
 
-def test_other_files_are_left_to_others(small_files):
+def test_other_files_are_not_recognized(small_files):
     encoder, _ = small_files
     shallow = {name: array for name, array in encoder.items() if name not in ("conv2.weight", "conv3.weight")}
     for objects in ([], [None], [{}], [[1]], [shallow], [{"state_dict": encoder}], [{"a": tensor(np.zeros(3))}]):
@@ -186,7 +187,7 @@ def test_conversion_lists_all_faults(small_files):
         (0, "layer3.0.conv1.weight", None, "blocks must be"),
     ],
 )
-def test_impossible_configs_are_told(part, name, shape, message, small_files):
+def test_impossible_configs_are_refused(part, name, shape, message, small_files):
     if shape is None:
         del small_files[part][name]
     else:
@@ -211,19 +212,19 @@ def test_one_and_many_agree_at_any_size():
         return ade20k.probabilities(variables, images, SMALL, size), ade20k.labels(variables, images, SMALL, size)
 
     many, labels = (np.asarray(array) for array in both(variables, images))
-    assert many.shape == (3, *size, 7)
-    assert many.dtype == np.float32
+    chex.assert_shape(many, (3, *size, 7))
+    chex.assert_type(many, np.float32)
     np.testing.assert_allclose(many.sum(-1), 1, atol=1e-6)  # float32 rounding
-    assert np.abs(many[1] - many[0]).max() > 1e-2  # else the comparison below says nothing
+    assert np.abs(many[1] - many[0]).max() > 1e-2  # or the comparison below would show nothing
     assert np.abs(both(variables, images[1:2])[0][0] - many[1]).max() < TOLERANCE
-    assert labels.dtype == np.int32
+    chex.assert_type(labels, np.int32)
     assert len(np.unique(labels)) > 1
-    assert np.mean(labels == many.argmax(-1)) > 0.999  # rounding decides between equal classes
+    assert np.mean(labels == many.argmax(-1)) > 0.999  # rounding decides ties between classes
 
 
 @pytest.mark.parametrize("size", [(24, 32), (10, 13), (7, 4), (1, 2)])
 def test_adaptive_mean_matches_torch(size):
-    """Parts that overlap, and fewer entries than parts."""
+    """With overlapping parts, and with fewer entries than parts."""
     torch = pytest.importorskip("torch")
     x = random_images(2, *size, 3)
     for count in (1, 2, 3, 6):

@@ -1,4 +1,4 @@
-"""The benchmark's counts, its workers and its table."""
+"""The benchmark: counts, workers, tables, and the programs that it runs."""
 
 import json
 import sys
@@ -6,26 +6,21 @@ import textwrap
 import time
 from pathlib import Path
 
+import benchmark
+import demo_command
+import estimate_cost
 import jax
 import numpy as np
+import operations
+import presets
 import pytest
+from operations import Operations
+from steps import Convolution
+from workers import Worker, WorkerError
 
 from samjax.errors import UserError
 from samjax.nets import lpips, stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import benchmark
-
-        yield benchmark
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
 
 
 def convolution_operations(jaxpr) -> int:
@@ -45,36 +40,36 @@ def convolution_operations(jaxpr) -> int:
     return total
 
 
-def test_operations_of_synthesis(benchmark):
+def test_operations_of_synthesis():
     """Against the program: its up-convolutions compute a margin more, its RGB layers are matrix products."""
     config = StyleGAN2Config(64, w_dim=8, channel_base=512, channel_max=16)
     params = jax.eval_shape(lambda: stylegan2.init(config, key=jax.random.key(0)))
     ws = jax.ShapeDtypeStruct((1, config.num_ws, config.w_dim), np.float32)
     program = jax.make_jaxpr(lambda params, ws: stylegan2.synthesize(config, params, ws))(params, ws)
     rgb = sum(2 * r * r * config.channels(r) * 3 for r in config.block_resolutions)
-    ratio = convolution_operations(program.jaxpr) / (benchmark.synthesis_operations(config) - rgb)
+    ratio = convolution_operations(program.jaxpr) / (operations.synthesis_operations(config) - rgb)
     assert 1 <= ratio < 1.15
     # Liu et al., "Content-Aware GAN Compression", CVPR 2021, count 45.1 and 74.3 billion multiply-adds.
     for resolution, published in ((256, 45.1e9), (1024, 74.3e9)):
-        assert benchmark.synthesis_operations(StyleGAN2Config(resolution)) == pytest.approx(2 * published, rel=0.01)
+        assert operations.synthesis_operations(StyleGAN2Config(resolution)) == pytest.approx(2 * published, rel=0.01)
 
 
-def test_operations_of_lpips(benchmark):
+def test_operations_of_lpips():
     params = jax.eval_shape(lambda: lpips.init("vgg", key=jax.random.key(0)))
     image = jax.ShapeDtypeStruct((1, 96, 64, 3), np.float32)
     program = jax.make_jaxpr(lambda params, x: lpips.features(params, x, "vgg"))(params, image)
-    assert convolution_operations(program.jaxpr) == benchmark.lpips_operations(96, 64)
-    assert benchmark.lpips_operations(224, 224) == pytest.approx(2 * 15.35e9, rel=0.01)  # as is known of VGG16
+    assert convolution_operations(program.jaxpr) == operations.lpips_operations(96, 64)
+    assert operations.lpips_operations(224, 224) == pytest.approx(2 * 15.35e9, rel=0.01)  # as is known of VGG16
 
 
-def test_figures(benchmark):
-    row = benchmark.Row(512, 4, benchmark.Operations(1, 2, 3, 4), [8.0, 4.0, 6.0], [1.0, 2.0, 0.5], [4.0, 1.0, 2.0])
-    rate = benchmark.Convolution.OPERATIONS
+def test_figures():
+    row = benchmark.Row(512, 4, Operations(1, 2, 3, 4), [8.0, 4.0, 6.0], [1.0, 2.0, 0.5], [4.0, 1.0, 2.0])
+    rate = Convolution.OPERATIONS
     assert row.rate == rate
     assert row.share == 4 * 10 / 6 / rate
     assert row.ratio == 0.75, "the median of 0.5, 1 and 0.75, not the ratio of medians"
     assert row.against(benchmark.Row(512, 2, row.operations, [5.0, 1.0, 1.0])) == 2, "an image's time, round by round"
-    failed = benchmark.Row(1024, 1, benchmark.Operations(1, 2, 3, 4), failure="out of memory?")
+    failed = benchmark.Row(1024, 1, Operations(1, 2, 3, 4), failure="out of memory?")
     lines = list(benchmark.table([row, failed], True))
     assert len({line.count("|") for line in lines}) == 1
     assert "0.75 per image" in lines[2]
@@ -102,28 +97,28 @@ class Sleep:
         return 3 << 30
 
 
-def test_worker(benchmark):
-    with benchmark.Worker(__name__, "Sleep", 0.01) as worker:
+def test_worker():
+    with Worker(Sleep, 0.01) as worker:
         assert worker.device == "bed"
         assert worker.seconds(3) == pytest.approx(0.01)
-        with pytest.raises(benchmark.WorkerError, match="ended with code 3"):
+        with pytest.raises(WorkerError, match="ended with code 3"):
             worker.seconds(100)
-    with pytest.raises(benchmark.WorkerError, match=r"^ValueError: cannot sleep$"):
-        benchmark.Worker(__name__, "Sleep", -1)
+    with pytest.raises(WorkerError, match=r"^ValueError: cannot sleep$"):
+        Worker(Sleep, -1)
 
 
 @pytest.mark.slow
-def test_end_to_end(benchmark, tmp_path, capsys):
+def test_end_to_end(tmp_path, capsys):
     args = benchmark.Arguments(
         resolutions=(16,), batch_sizes=(1,), steps=1, rounds=2, channel_max=4, output_path=tmp_path / "figures.json"
     )
     benchmark.main(args)
     printed = capsys.readouterr().out
     assert "| 16 px | 1 |" in printed
-    assert "| back to the latents |" in printed
+    assert "| synthesis, backward |" in printed
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [row["batch_size"] for row in rows] == [1]
-    assert rows[0]["parts"]["back to the latents"]["operations"] == rows[0]["operations"]["synthesis_backward"]
+    assert rows[0]["parts"]["synthesis, backward"]["operations"] == rows[0]["operations"]["synthesis_backward"]
     for row in rows:
         assert row["failure"] is None
         assert row["peak_memory"] > 1e8
@@ -131,18 +126,17 @@ def test_end_to_end(benchmark, tmp_path, capsys):
         assert 0 < row["share"] < 1
 
 
-def test_a_batch_that_does_not_run(benchmark, monkeypatch):
-    """Is told in its row, and leaves the others their figures."""
+def test_a_batch_that_does_not_run(monkeypatch):
+    """A failing batch is reported in its row, and the others keep their figures."""
 
-    def worker(module, name, *arguments):
-        if arguments[1] == 7:
-            raise benchmark.WorkerError("out of memory?")
-        return real(__name__, "Sleep", 0.01)
+    def worker(step, config, batch_size, precision):
+        if batch_size == 7:
+            raise WorkerError("out of memory?")
+        return Worker(Sleep, 0.01)
 
-    real = benchmark.Worker
     monkeypatch.setattr(benchmark, "Worker", worker)
     args = benchmark.Arguments(batch_sizes=(1, 7, 2), steps=1, rounds=2, channel_max=4)
-    with real(__name__, "Sleep", 0.01) as convolution:
+    with Worker(Sleep, 0.01) as convolution:
         one, seven, two = benchmark.measure(args, 16, convolution)
     assert (seven.failure, seven.ours) == ("out of memory?", [])
     assert len(one.ours) == len(two.ours) == 2
@@ -152,28 +146,26 @@ def test_a_batch_that_does_not_run(benchmark, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolutions": (100,)}, "100 is no power of two"),
+        ({"resolutions": (100,)}, "100 is not a power of two"),
         ({"resolutions": ()}, "--resolutions is empty"),
         ({"steps": 0}, "--steps must be at least 1"),
-        ({"reference": (Path("a"), Path("b"))}, "a is no checkout of NVlabs/stylegan3"),
+        ({"reference": (Path("a"), Path("b"))}, "a is not a checkout of NVlabs/stylegan3"),
         ({"reference": (Path("a"), Path("b")), "resolutions": (64,)}, "from 256 on"),
     ],
 )
-def test_bad_arguments(benchmark, options, message):
+def test_bad_arguments(options, message):
     with pytest.raises(UserError, match=message):
         benchmark.main(benchmark.Arguments(**options))
 
 
 def program(path: Path, text: str) -> Path:
-    """A script that stands for one of the experiments."""
+    """A script that stands in for a program."""
     path.write_text("import json, pathlib, sys\n" + textwrap.dedent(text))
     return path
 
 
-def test_quality(benchmark, monkeypatch, tmp_path):
+def test_quality(monkeypatch, tmp_path):
     """Differences are those of the same scenes, with their standard error; times the median of their ratios."""
-    import benchmark_quality
-
     script = program(
         tmp_path / "evaluate.py",
         """
@@ -186,22 +178,20 @@ def test_quality(benchmark, monkeypatch, tmp_path):
         (output / "table.json").write_text(json.dumps({"images": rows}))
         """,
     )
-    monkeypatch.setattr(benchmark_quality, "PROGRAM", script)
-    found = benchmark_quality.measure(3, tmp_path / "kept", "cpu")
-    assert list(benchmark_quality.table(found))[2:] == [
+    monkeypatch.setattr(presets, "PROGRAM", script)
+    found = presets.measure(3, tmp_path / "kept", "cpu")
+    assert list(presets.table(found))[2:] == [
         "| reference, highest | 0.100 | – | 0.200 | – | 1.00 |",
         "| fast, highest | 0.100 | +0.0000 ± 0.0000 | 0.250 | +0.0500 ± 0.0000 | 0.25 |",
         "| fast, bfloat16 | 0.110 | +0.0100 ± 0.0058 | 0.250 | +0.0500 ± 0.0000 | 0.25 |",
     ]
-    assert len(benchmark_quality.measure(3, tmp_path / "on a card", "NVIDIA H100")) == 5
-    monkeypatch.setattr(benchmark_quality, "PROGRAM", program(tmp_path / "broken.py", "sys.exit(2)"))
+    assert len(presets.measure(3, tmp_path / "on a card", "NVIDIA H100")) == 5
+    monkeypatch.setattr(presets, "PROGRAM", program(tmp_path / "broken.py", "sys.exit(2)"))
     with pytest.raises(UserError, match=r"--preset reference --precision highest .* ended with code 2"):
-        benchmark_quality.measure(3, tmp_path / "kept", "cpu")
+        presets.measure(3, tmp_path / "kept", "cpu")
 
 
-def test_demo(benchmark, monkeypatch, tmp_path):
-    import benchmark_demo
-
+def test_demo(monkeypatch, tmp_path):
     script = program(
         tmp_path / "invert.py",
         """
@@ -217,11 +207,28 @@ def test_demo(benchmark, monkeypatch, tmp_path):
         (output / "metrics.json").write_text(json.dumps(metrics))
         """,
     )
-    monkeypatch.setattr(benchmark_demo, "PROGRAM", script)
-    runs = benchmark_demo.measure()
+    monkeypatch.setattr(demo_command, "PROGRAM", script)
+    runs = demo_command.measure()
     assert runs["sweep, cached"][2:] == (6.0, 2, 3)
-    assert all(0 < run.first_picture < run.seconds for run in runs.values())
-    assert list(benchmark_demo.table(runs))[-1].endswith("| 6.0 | 3 | 2 | 1.5 |")
-    monkeypatch.setattr(benchmark_demo, "PROGRAM", program(tmp_path / "broken.py", "sys.exit('no such file')"))
+    assert all(0 < run.first_image < run.seconds for run in runs.values())
+    assert list(demo_command.table(runs))[-1].endswith("| 6.0 | 3 | 2 | 1.5 |")
+    monkeypatch.setattr(demo_command, "PROGRAM", program(tmp_path / "broken.py", "sys.exit('no such file')"))
     with pytest.raises(UserError, match="ended with code 1: no such file"):
-        benchmark_demo.measure()
+        demo_command.measure()
+
+
+def test_estimated_costs(monkeypatch):
+    """Times follow from operations or from bytes, whichever take longer, and fall with the number of chips."""
+    cost = estimate_cost.Cost(67e12, 3.35e12)
+    h100 = estimate_cost.DEVICES[0]
+    assert estimate_cost.seconds(cost, h100, fast=False, utilization=0.5) == 2
+    assert estimate_cost.seconds(cost._replace(flops=2 * cost.flops), h100, fast=False, utilization=1) == 2
+    assert estimate_cost.seconds(cost._replace(bytes=4 * cost.bytes), h100, fast=True, utilization=1) == 4
+    monkeypatch.setattr(estimate_cost, "inversion_step", lambda resolution: cost)
+    monkeypatch.setattr(estimate_cost, "training_step", lambda batch_size: (cost, 59_300_000))
+    args = estimate_cost.Arguments(images=16, resolutions=(256,), steps=90, epochs=1, utilization=1.0, measured=(0.5,))
+    lines = list(estimate_cost.page(args))
+    row = next(line for line in lines if line.startswith("| config-f, 256 px |"))
+    assert row.startswith("| config-f, 256 px | 67.000 (0.261) | 3350.0 | 482 | 2.0 h, 2.0 h | ")
+    assert "Measured on this machine, 256 px: 0.5 s per step, × 7,200 = 1.0 h." in lines
+    assert any("× 16 / 16 = 1 steps" in line for line in lines)

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +20,13 @@ from samjax.io import checkpoints
 from samjax.nets import bisenet
 from samjax.nets.bisenet import BiSeNetConfig
 
-TOLERANCE = 1e-4  # of an array's spread: what float32 sums in another order allow
+TOLERANCE = 1e-4  # relative to an array's spread; float32 sums in another order stay below it
 SMALL = BiSeNetConfig(num_classes=5, features=4)
 State = dict[str, Tensor]
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """`array` as our reader of torch files gives it."""
+    """`array` as read from a torch file."""
     array = np.ascontiguousarray(array)
     storage = Storage(array.dtype, array.size, lambda: memoryview(array.tobytes()))
     return Tensor(storage, 0, array.shape, tuple(step // array.itemsize for step in array.strides))
@@ -37,7 +38,7 @@ def tree(config: BiSeNetConfig) -> dict[str, Any]:
 
 
 def convert(*objects: Any) -> tuple[BiSeNetConfig, dict[str, np.ndarray]]:
-    """Config and our flat variables from what files hold."""
+    """Config and flat variables from the contents of files."""
     stored = NETWORK.find(objects)
     assert stored is not None
     config = NETWORK.config(stored)
@@ -50,7 +51,7 @@ def convert(*objects: Any) -> tuple[BiSeNetConfig, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def published(golden) -> State:
-    """The case's weights as the published file holds them."""
+    """The weights of the golden case in the layout of the published file."""
     case, fill = golden("faceparsing_A"), load_fill().fan_scaled
     return {name: tensor(fill(name, tuple(shape), "A")) for name, shape in json.loads(str(case["weights"]))}
 
@@ -62,7 +63,7 @@ def converted(published) -> tuple[BiSeNetConfig, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def outputs(golden, converted) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of the case's picture, which the case holds as the network gets it: normalised."""
+    """Logits and labels of the image of the golden case, which stores it normalized."""
     config, flat = converted
     mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     images = (golden("faceparsing_A")["x"].transpose(0, 2, 3, 1) * deviation + mean) * np.float32(2) - np.float32(1)
@@ -85,14 +86,14 @@ def test_logits_match_reference(golden, outputs):
 def test_labels_match_reference(golden, outputs):
     labels = outputs[1]
     assert labels.dtype == np.int32
-    assert np.mean(labels == golden("faceparsing_A")["argmax"]) >= 0.999  # rounding decides between equal classes
+    assert np.mean(labels == golden("faceparsing_A")["argmax"]) >= 0.999  # rounding decides ties between classes
 
 
 # --- files ---
 
 
 def random_variables(config: BiSeNetConfig) -> dict[str, np.ndarray]:
-    """Flat variables of ordinary size, none at its default."""
+    """Flat variables of realistic size, none at its default."""
     rng = np.random.default_rng(0)
     flat = {}
     for path, leaf in tree(config).items():
@@ -106,7 +107,7 @@ def random_variables(config: BiSeNetConfig) -> dict[str, np.ndarray]:
 
 
 def their_file(flat: dict[str, np.ndarray]) -> State:
-    """The file that would hold these variables: the table the other way."""
+    """The file with these variables, by the inverse of the conversion table."""
     file = {}
     for path, values in flat.items():
         name, layout = tables.find(NETWORK.rows, path)
@@ -114,7 +115,7 @@ def their_file(flat: dict[str, np.ndarray]) -> State:
     return file
 
 
-def test_conversion_takes_every_array_there_and_back(published, converted):
+def test_conversion_round_trip_keeps_every_array(published, converted):
     config, flat = converted
     assert config == BiSeNetConfig()
     back = their_file(flat)
@@ -124,8 +125,8 @@ def test_conversion_takes_every_array_there_and_back(published, converted):
         np.testing.assert_array_equal(array.array(), published[name].array(), err_msg=name)
 
 
-def test_small_networks_are_recognised():
-    """Without the heads for training, with the classifier of the ResNet, and out of `DataParallel`."""
+def test_small_networks_are_recognized():
+    """Without the auxiliary heads, with the classifier of the ResNet, and from `DataParallel`."""
     file = their_file(random_variables(SMALL))
     file["cp.resnet.fc.weight"] = tensor(np.zeros((5, 32), np.float32))
     for found in (file, {f"module.{name}": array for name, array in file.items()}):
@@ -135,7 +136,7 @@ def test_small_networks_are_recognised():
             np.testing.assert_array_equal(flat[path], values, err_msg=path)
 
 
-def test_other_files_are_left_to_others():
+def test_other_files_are_not_recognized():
     file = their_file(random_variables(SMALL))
     resnet = {name.removeprefix("cp.resnet."): array for name, array in file.items() if name.startswith("cp.resnet.")}
     for objects in ([], [None], [{}], [[1]], [resnet], [resnet, resnet], [{"state_dict": file}]):
@@ -163,7 +164,7 @@ def test_conversion_lists_all_faults():
         ("conv_out.conv_out.weight", (0, 16, 1, 1), "num_classes must be"),
     ],
 )
-def test_impossible_configs_are_told(name, shape, message):
+def test_impossible_configs_are_refused(name, shape, message):
     file = their_file(random_variables(SMALL)) | {name: tensor(np.zeros(shape, np.float32))}
     with pytest.raises(UserError, match=message):
         convert(file)
@@ -184,13 +185,13 @@ def test_one_and_many_agree_at_any_size():
         return bisenet.logits(variables, images, SMALL), bisenet.labels(variables, images, SMALL)
 
     many, labels = (np.asarray(array) for array in both(variables, images))
-    assert many.shape == (3, 37, 50, 5)
-    assert many.dtype == np.float32
-    assert np.abs(many[1] - many[0]).max() > 1e-2 * np.ptp(many)  # else the comparison below says nothing
+    chex.assert_shape(many, (3, 37, 50, 5))
+    chex.assert_type(many, np.float32)
+    assert np.abs(many[1] - many[0]).max() > 1e-2 * np.ptp(many)  # or the comparison below would show nothing
     assert np.abs(both(variables, images[1:2])[0][0] - many[1]).max() < TOLERANCE * np.ptp(many)
-    assert labels.dtype == np.int32
+    chex.assert_type(labels, np.int32)
     assert len(np.unique(labels)) > 1
-    assert np.mean(labels == many.argmax(-1)) > 0.999  # rounding decides between equal classes
+    assert np.mean(labels == many.argmax(-1)) > 0.999  # rounding decides ties between classes
 
 
 def test_result_has_the_size_of_the_images():

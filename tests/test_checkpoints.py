@@ -1,4 +1,4 @@
-"""Generators on disk: what is saved comes back, and what is damaged does not."""
+"""Saving and loading generators, and damaged files."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def assert_same(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[name], np.float32), err_msg=name)
 
 
-def test_names_there_and_back():
+def test_unflatten_inverts_flatten():
     flat = checkpoints.flatten(PARAMS)
     assert "synthesis/b8/conv0/affine/weight" in flat
     assert checkpoints.flatten(checkpoints.unflatten(flat)).keys() == flat.keys()
 
 
-def test_a_folder_comes_back(saved):
+def test_a_directory_loads_as_it_was_saved(saved):
     config, params, manifest = checkpoints.load_generator(saved)
     assert config == TINY
     assert_same(params, PARAMS)
@@ -61,7 +61,7 @@ def test_a_folder_comes_back(saved):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_stays_so_on_disk_and_is_float32_in_memory(dtype, tmp_path):
+def test_half_precision_on_disk_is_float32_in_memory(dtype, tmp_path):
     half = jax.tree.map(lambda array: array.astype(dtype), PARAMS)
     checkpoints.save_network(tmp_path / "g", TINY, half, {})
     config, params, manifest = checkpoints.load_generator(tmp_path / "g")
@@ -71,9 +71,9 @@ def test_half_precision_stays_so_on_disk_and_is_float32_in_memory(dtype, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_safetensors_file_comes_back(dtype, tmp_path):
+def test_a_safetensors_file_loads_as_it_was_saved(dtype, tmp_path):
     config = StyleGAN2Config(16, 8, 0, 12, 3, 2, 128, 16, conv_clamp=256.0)
-    # As views turned the wrong way round, which the library would write as they lie.
+    # Arrays in Fortran order, whose memory the library would write as it is.
     turned = jax.tree.map(lambda array: np.array(array.T, order="C").T, PARAMS)
     checkpoints.save_safetensors(tmp_path / "g.safetensors", config, turned, dtype, SOURCE)
     found = checkpoints.load_generator(tmp_path / "g.safetensors")
@@ -111,7 +111,7 @@ def test_what_may_be_replaced(source, saved, copied):
     assert [path.name for path in copied.parent.iterdir()] == ["generator"]
 
 
-def test_a_link_to_a_folder_stays_a_link(copied):
+def test_a_link_to_a_directory_stays_a_link(copied):
     link = copied.parent / "link"
     link.symlink_to(copied)
     checkpoints.save_network(link, TINY, PARAMS, SOURCE)
@@ -123,7 +123,7 @@ def test_a_link_to_a_folder_stays_a_link(copied):
 
 
 def is_found(folder: Path) -> bool:
-    """Whether loading ends with a message; if not, the damage must have been to something that nothing needs."""
+    """Whether loading raises an error; if not, the damage must not have changed any parameter."""
     try:
         loaded = checkpoints.load_generator(folder)
     except UserError:
@@ -133,7 +133,7 @@ def is_found(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("how", ["cut", "emptied", "removed", "flipped"])
-def test_damaged_folders_never_load_as_something_else(how, copied):
+def test_damaged_directories_never_load_as_something_else(how, copied):
     parts = sorted(path for path in copied.rglob("*") if path.is_file() and path.stat().st_size > 400)
     found = set()
     for part in parts:
@@ -187,7 +187,7 @@ def test_damaged_manifests_are_found(change, message, copied):
     assert message in str(caught.value)
 
 
-def test_other_things_are_no_generators(tmp_path, copied):
+def test_other_things_are_not_generators(tmp_path, copied):
     (copied / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         checkpoints.load_generator(copied)

@@ -1,4 +1,4 @@
-"""Conversion of others' checkpoints: the same generator out of every format, and nothing but errors out of bad ones."""
+"""Conversion of generators: every format gives the same network, and bad files give errors only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import ckpt_files
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -26,9 +27,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import ckpt_convert
 from ckpt_convert import __main__ as program
 from ckpt_convert import convert
 from ckpt_convert.formats import arrays, torch_file
+from samjax import demo
 from samjax.errors import UserError
 from samjax.io import checkpoints, pickles
 from samjax.nets import stylegan2
@@ -66,13 +69,13 @@ def error(found: Any, expected: np.ndarray) -> float:
 
 # --- the reference generator ---
 
-# Float32 sums over some hundred channels in another order: 1e-4 of the spread, as for the network itself.
+# Float32 sums over a few hundred channels in another order: 1e-4 of the spread, as for the network itself.
 TOLERANCE = 1e-4
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(config: StyleGAN2Config, params: Any, z: jax.Array, ws: jax.Array) -> dict[str, jax.Array]:
-    """What the reference case holds, NHWC."""
+    """The outputs that the reference case holds, NHWC."""
     map_z = functools.partial(stylegan2.map_z, config, params, z)
     image, features = stylegan2.synthesize(config, params, ws, noise="none")
     return {
@@ -95,7 +98,7 @@ def test_every_format_gives_the_reference_generator(name, folders, golden):
         assert error(found, expected) < TOLERANCE, key
 
 
-def test_manifest_says_where_a_generator_is_from(folders):
+def test_manifest_names_the_source(folders):
     manifest = json.loads((folders["nvidia_A.pkl"] / "manifest.json").read_text())
     assert manifest["source"]["file"] == "nvidia_A.pkl"
     assert manifest["source"]["bytes"] == (GOLDEN / "nvidia_A.pkl").stat().st_size
@@ -109,15 +112,66 @@ def test_manifest_says_where_a_generator_is_from(folders):
     )
 
 
-# --- there and back ---
+# --- load ---
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_loading_a_file_equals_converting_it_first(name, folders):
+    found, expected = ckpt_convert.load(GOLDEN / name), checkpoints.load_generator(folders[name])
+    assert type(found) is type(expected)
+    assert found.config == expected.config
+    assert same(found.params, expected.params)
+    assert all(isinstance(array, jax.Array) for array in checkpoints.flatten(found.params).values())
+    assert found.manifest["source"] == expected.manifest["source"]
+
+
+def test_converted_networks_can_be_loaded(folders):
+    folder = folders["nvidia_A.pkl"]
+    assert same(ckpt_convert.load(str(folder)).params, checkpoints.load_generator(folder).params)
+    expected = checkpoints.load_network(demo.ENCODER, "e4e")
+    assert same(ckpt_convert.load(demo.ENCODER).params, expected.params)
+    with pytest.raises(UserError, match=r"holds another network \(e4e encoder\), where a generator is expected"):
+        ckpt_convert.load(demo.ENCODER, "generator")
+
+
+def test_exported_files_can_be_loaded(folders, tmp_path):
+    convert.export(folders["nvidia_A.pkl"], tmp_path / "g.safetensors", "rosinality")
+    found = ckpt_convert.load(tmp_path / "g.safetensors")
+    assert same(found.params, checkpoints.load_generator(folders["nvidia_A.pkl"]).params)
+
+
+def test_errors_of_load(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        ckpt_convert.load(tmp_path / "none.pkl")
+    with pytest.raises(UserError, match="is a directory: give the checkpoint file itself"):
+        ckpt_convert.load(tmp_path)
+    with pytest.raises(UserError, match=r"nvidia_A\.pkl: no e4e encoder in the file"):
+        ckpt_convert.load(GOLDEN / "nvidia_A.pkl", "e4e")
+
+
+def test_importing_the_package_imports_no_readers():
+    code = "import sys, ckpt_convert; assert not any(name.startswith('ckpt_convert.') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=Path(__file__).parent.parent)
+
+
+# --- export ---
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_safetensors_of_every_precision(dtype, tmp_path):
+    params = {name: array.astype(dtype) for name, array in ckpt_files.random_params(TINY).items()}
+    checkpoints.write_safetensors(tmp_path / "g.safetensors", params, {"names": "samjax"})
+    found = convert.read(tmp_path / "g.safetensors")
+    assert found.config == TINY
+    assert same(found.params, params)
 
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("name", FILES)
-def test_export_and_back_is_the_same_to_the_last_bit(name, names, folders, tmp_path):
+def test_converting_an_exported_file_restores_the_same_bits(name, names, folders, tmp_path):
     before = checkpoints.load_generator(folders[name])
-    convert.export(folders[name], tmp_path / "there.safetensors", names)
-    convert.convert(tmp_path / "there.safetensors", tmp_path / "back")
+    convert.export(folders[name], tmp_path / "exported.safetensors", names)
+    convert.convert(tmp_path / "exported.safetensors", tmp_path / "back")
     after = checkpoints.load_generator(tmp_path / "back")
     assert after.config == before.config
     assert same(after.params, before.params)
@@ -147,12 +201,12 @@ def test_export_for_rosinality_is_their_state_dict(folders, tmp_path):
         assert torch.equal(tensor, expected["g_ema"][name]), name
 
 
-def test_conditional_generator_there_and_back(tmp_path):
+def test_conditional_generators_can_be_exported_and_read(tmp_path):
     config = StyleGAN2Config(16, 8, 5, 12, 3, 2, 128, 16, conv_clamp=256.0)
     params = ckpt_files.random_params(config)
     checkpoints.save_safetensors(tmp_path / "own.safetensors", config, checkpoints.unflatten(params))
-    convert.export(tmp_path / "own.safetensors", tmp_path / "there.safetensors", "nvidia")
-    found = convert.read(tmp_path / "there.safetensors")
+    convert.export(tmp_path / "own.safetensors", tmp_path / "exported.safetensors", "nvidia")
+    found = convert.read(tmp_path / "exported.safetensors")
     assert found.config == config
     assert same(found.params, params)
     with pytest.raises(UserError, match="labels"):
@@ -160,16 +214,16 @@ def test_conditional_generator_there_and_back(tmp_path):
     assert not (tmp_path / "no.safetensors").exists()
 
 
-def test_export_for_rosinality_tells_what_its_network_lacks(tmp_path):
+def test_export_for_rosinality_notes_differences(tmp_path):
     config = StyleGAN2Config(16, 8, 0, 12, 3, 2, 128, 16, conv_clamp=256.0)
     params = checkpoints.unflatten(ckpt_files.random_params(config))
     checkpoints.save_safetensors(tmp_path / "own.safetensors", config, params)
-    notes = convert.export(tmp_path / "own.safetensors", tmp_path / "there.safetensors", "rosinality")
+    notes = convert.export(tmp_path / "own.safetensors", tmp_path / "exported.safetensors", "rosinality")
     assert any("conv_clamp" in note for note in notes)
     assert any("widths" in note for note in notes)
 
 
-def test_own_safetensors_is_a_source_too(tmp_path):
+def test_safetensors_of_samjax_can_be_converted(tmp_path):
     params = ckpt_files.random_params(TINY)
     checkpoints.save_safetensors(tmp_path / "own.safetensors", TINY, checkpoints.unflatten(params), np.float16)
     convert.convert(tmp_path / "own.safetensors", tmp_path / "out")
@@ -177,7 +231,7 @@ def test_own_safetensors_is_a_source_too(tmp_path):
     assert same(checkpoints.load_generator(tmp_path / "out").params, expected)
 
 
-# --- the forms that each format comes in ---
+# --- variants of each format ---
 
 
 def nvidia_file(path: Path, config: StyleGAN2Config, *, bare: bool = False, adjust: Any = lambda *_: None) -> Path:
@@ -212,7 +266,7 @@ def test_tensorflow_pickle(config, tmp_path):
     found = convert.read(tensorflow_file(tmp_path / "g.pkl", config))
     assert found.config == config
     for name, expected in ckpt_files.random_params(config).items():
-        # The style's bias is stored less one, which rounds.
+        # The bias of styles is stored minus one, which rounds.
         np.testing.assert_allclose(
             found.params[name], expected, atol=1e-6 if "affine/bias" in name else 0, err_msg=name
         )
@@ -228,7 +282,7 @@ def test_rosinality_checkpoint(legacy, dtype, tmp_path):
     held = ckpt_files.rosinality_checkpoint(TINY, dtype)
     held |= {"g": {"unused": torch.ones(3)}, "d": {}, "args": argparse.Namespace(size=16), "ada_aug_p": 0.1}
     found = convert.read(ckpt_files.dump_torch(tmp_path / "g.pt", held, legacy=legacy))
-    assert found.config == TINY  # of sizes that its shapes tell
+    assert found.config == TINY  # inferred from shapes
     for name, expected in ckpt_files.random_params(TINY).items():
         rounded = torch.from_numpy(np.array(expected)).to(dtype).float().numpy()
         np.testing.assert_array_equal(found.params[name].astype(np.float32), rounded, err_msg=name)
@@ -248,7 +302,7 @@ def test_decoder_inside_an_encoder_checkpoint(legacy, tmp_path):
         convert.read(ckpt_files.dump_torch(tmp_path / "psp.pt", whole, legacy=legacy))
 
 
-def test_missing_average_is_estimated_and_said(tmp_path):
+def test_missing_average_is_estimated_and_noted(tmp_path):
     held = ckpt_files.rosinality_checkpoint(TINY)
     del held["latent_avg"]
     found = convert.read(ckpt_files.dump_torch(tmp_path / "g.pt", held))
@@ -260,7 +314,7 @@ def test_missing_average_is_estimated_and_said(tmp_path):
     assert (np.abs(ws.mean(0) - found.params["mapping/w_avg"]) < 5 * ws.std(0) / 4096**0.5).all()
 
 
-# --- torch files of any contents ---
+# --- torch files ---
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -320,7 +374,7 @@ def test_tensors_beyond_their_storage_are_refused(shape, strides, offset):
 
 
 class Runs:
-    """Unpickled by Python itself, it makes a folder."""
+    """Creates a directory when Python unpickles it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -340,12 +394,12 @@ def _rezip(data: bytes, change: Callable[[str, bytes], bytes | None], pack: int 
 
 
 def bad_sources(root: Path) -> dict[str, tuple[Path, str]]:
-    """Files that cannot be converted, and what the message has to say."""
+    """Files that cannot be converted, and a part of the error message."""
     nvidia, tensorflow, rosinality = ((GOLDEN / name).read_bytes() for name in FILES)
     root.mkdir()
     found: dict[str, tuple[Path, str]] = {
         "missing": (root / "nowhere.pkl", "does not exist"),
-        "a folder": (root, "is a directory"),
+        "a directory": (root, "is a directory"),
     }
 
     def add(name: str, content: bytes, message: str) -> None:
@@ -393,17 +447,36 @@ def bad_sources(root: Path) -> dict[str, tuple[Path, str]]:
     flipped = bytes([rosinality[middle] ^ 1])
     add("a flipped bit", rosinality[:middle] + flipped + rosinality[middle + 1 :], "checksum")
     add("safetensors, cut", (9000).to_bytes(8, "little") + b'{"a":', "not a readable safetensors file")
+
+    def with_header(entry: Mapping[str, Any], size: int = 8) -> bytes:
+        header = json.dumps(entry).encode()
+        return len(header).to_bytes(8, "little") + header + bytes(size)
+
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    for name, change, size in (
+        ("cut in an array", {}, 7),
+        ("negative", {"shape": [-2]}, 8),
+        ("huge", {"shape": [2**62, 4]}, 8),
+        ("overlapping", {"data_offsets": [4, 12]}, 12),
+        ("of no known type", {"dtype": "F1"}, 8),
+    ):
+        add(f"safetensors, {name}", with_header({"a": entry | change}, size), "not a readable safetensors file")
+    add("safetensors, bad metadata", with_header({"a": entry, "__metadata__": {"names": 3}}), "not a readable")
+    add("safetensors, another network", with_header({"a": entry}), "no StyleGAN2 generator in the file")
     return found
 
 
 BAD = (
-    "missing", "a folder", "empty", "text", "a web page", "a picture", "a Git LFS pointer", "one byte",
+    "missing", "a directory", "empty", "text", "a web page", "a picture", "a Git LFS pointer", "one byte",
     *(f"{name} cut at {share}" for name in ("nvidia", "tensorflow", "rosinality") for share in (0.02, 0.5, 0.999)),
     "a pickle that runs", "an old pickle that runs", "a zip that runs", "a legacy torch file that runs",
     "another network, legacy False", "another g_ema, legacy False", "another network, legacy True",
     "another g_ema, legacy True", "a pickle of something else", "a pickle of a number", "a zip of something else",
     "a packed zip", "a zip without a storage", "a zip with a short storage", "a big-endian zip", "a flipped bit",
     "safetensors, cut",
+    *(f"safetensors, {how}" for how in (
+        "cut in an array", "negative", "huge", "overlapping", "of no known type", "bad metadata", "another network",
+    )),
 )  # fmt: skip
 
 
@@ -423,7 +496,7 @@ def test_bad_files_end_with_one_line_and_write_nothing(name, bad, tmp_path, caps
     assert message in printed.err
     assert str(path) in printed.err
     assert not list(tmp_path.iterdir())
-    assert not (bad["a folder"][0] / "ran").exists()
+    assert not (bad["a directory"][0] / "ran").exists()
 
 
 def test_every_bad_file_is_tried(bad):
@@ -470,7 +543,7 @@ def filter_of(taps: list[float]) -> Any:
 )
 def test_generators_of_other_kinds_are_refused(adjust, message, tmp_path):
     path = nvidia_file(tmp_path / "g.pkl", TINY, adjust=adjust)
-    if message == "expected":  # an attribute that nothing asks for is no reason to refuse
+    if message == "expected":  # an attribute that conversion does not use
         assert convert.read(path).config == TINY
         return
     with pytest.raises(UserError, match=message):
@@ -517,10 +590,33 @@ def test_wrong_keys_and_shapes_are_all_listed_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("value", [torch.full((12,), torch.nan), torch.ones(12, dtype=torch.int32)])
-def test_arrays_that_are_no_weights_are_refused(value, tmp_path):
+def test_arrays_that_cannot_be_weights_are_refused(value, tmp_path):
     held = ckpt_files.rosinality_checkpoint(TINY) | {"latent_avg": value}
     with pytest.raises(UserError, match="latent_avg in the file"):
         convert.read(ckpt_files.dump_torch(tmp_path / "g.pt", held))
+
+
+def test_safetensors_of_types_that_numpy_lacks(tmp_path):
+    arrays = ckpt_files.their_arrays("nvidia", TINY)
+    checkpoints.write_safetensors(tmp_path / "g.safetensors", arrays, {})
+    content = (tmp_path / "g.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    first, end = header["mapping.w_avg"]["data_offsets"]
+    assert end == first + 4 * TINY.w_dim
+    # FP8 takes a quarter of the bytes; another array takes the rest, since a file may have no gaps.
+    header["mapping.w_avg"] = {"dtype": "F8_E4M3", "shape": [TINY.w_dim], "data_offsets": [first, first + TINY.w_dim]}
+    header["rest"] = {"dtype": "U8", "shape": [3 * TINY.w_dim], "data_offsets": [first + TINY.w_dim, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / "g.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(UserError, match=r"unexpected: rest"):
+        convert.read(tmp_path / "g.safetensors")
+    from ckpt_convert.formats import safetensors
+
+    held, _ = safetensors.read(tmp_path / "g.safetensors")
+    assert held["mapping.w_avg"].shape == (TINY.w_dim,)
+    with pytest.raises(UserError, match=r"mapping\.w_avg in the file is of a type that NumPy does not have"):
+        held["mapping.w_avg"].array()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -540,7 +636,7 @@ def test_damage_of_any_kind_is_survived(name, data, tmp_path):
     path = tmp_path / "damaged.bin"
     path.write_bytes(content)
     with contextlib.suppress(UserError):
-        convert.read(path)  # a flipped bit inside the numbers of a pickle cannot be seen
+        convert.read(path)  # a flipped bit in the numbers of a pickle cannot be detected
 
 
 # Opcodes of pickles, with arguments that fit some of them, in any order.
@@ -565,7 +661,7 @@ def test_pickles_of_any_opcodes_give_a_value_or_an_error(pieces):
         pickles.load(view, {**nvidia.names(), **tensorflow.names()}, encoding="latin1")
 
 
-# --- the allow-list reader itself ---
+# --- the pickle reader ---
 
 
 def plain_objects() -> st.SearchStrategy[Any]:
@@ -594,7 +690,7 @@ def test_plain_objects_read_as_python_wrote_them(value, protocol):
     "text",
     [
         b"\x80\x04" + b"(" * 10 + b"K\x01" * 10,  # no end
-        b"\x80\x04}(" + b")" + b"\x85" * 150_000 + b"K\x01u.",  # hashing this key would end the process
+        b"\x80\x04}(" + b")" + b"\x85" * 150_000 + b"K\x01u.",  # hashing this key would crash the process
         b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"abc.",  # bytes without end
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R.",
         b"\x80\x02cbuiltins\neval\n(X\x03\x00\x00\x001+1tR.",
@@ -621,13 +717,13 @@ def test_endless_pickles_end(monkeypatch):
 
 def test_command_line_converts_exports_and_converts_back(tmp_path, capsys):
     source = nvidia_file(tmp_path / "g.pkl", TINY)
-    out, there, back = (str(tmp_path / name) for name in ("out", "there.safetensors", "back"))
+    out, there, back = (str(tmp_path / name) for name in ("out", "exported.safetensors", "back"))
     assert program.main([str(source), out]) == 0
     assert program.main(["export", out, there, "--names", "rosinality"]) == 0
     assert program.main([there, back]) == 0
     assert "16 px, 6 styles" in capsys.readouterr().out
     assert same(checkpoints.load_generator(back).params, ckpt_files.random_params(TINY))
-    assert {path.name for path in tmp_path.iterdir()} == {"g.pkl", "out", "there.safetensors", "back"}
+    assert {path.name for path in tmp_path.iterdir()} == {"g.pkl", "out", "exported.safetensors", "back"}
 
 
 def test_command_line_replaces_only_its_own(tmp_path, capsys):
@@ -654,7 +750,7 @@ def test_command_line_replaces_only_its_own(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_stop_while_writing_leaves_what_was_there(stop, tmp_path, monkeypatch, capsys):
+def test_interrupted_writing_keeps_the_old_directory(stop, tmp_path, monkeypatch, capsys):
     source, out = nvidia_file(tmp_path / "g.pkl", TINY), tmp_path / "out"
     assert program.main([str(source), str(out)]) == 0
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -671,7 +767,7 @@ def test_a_stop_while_writing_leaves_what_was_there(stop, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"]])
-def test_help_reads_well(arguments, capsys):
+def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         program.main(arguments)
     assert caught.value.code == 0
@@ -679,7 +775,7 @@ def test_help_reads_well(arguments, capsys):
     assert all(word in text for word in (["SOURCE", "OUT_DIR", "rosinality"] if len(arguments) == 1 else ["--names"]))
 
 
-# getrusage would count the memory of the process that started this one, before it became Python.
+# getrusage would include the memory of the parent process, from before exec.
 _MEASURE = """
 import pathlib, sys
 from ckpt_convert import convert
@@ -696,7 +792,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak of one process alone")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
 @pytest.mark.parametrize("form", ["zip", "legacy", "half", "nvidia", "tensorflow", "safetensors"])
 def test_peak_memory_is_below_three_times_the_file(form, tmp_path):
     paths = {}
@@ -714,11 +810,11 @@ def test_peak_memory_is_below_three_times_the_file(form, tmp_path):
         paths[name] = path
     command = [sys.executable, "-c", _MEASURE, paths["small"], paths["large"], tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
-    # Measured: 2.0 to 2.1 times in all forms; below one time, the measure itself would be wrong.
+    # Measured: 2.0 to 2.1 times in all formats; less than once would be an error of measurement.
     assert 1 < int(done.stdout) / paths["large"].stat().st_size < 3
 
 
-def test_nothing_of_the_formats_libraries_is_imported(tmp_path):
+def test_conversion_imports_neither_torch_nor_tensorflow(tmp_path):
     source = nvidia_file(tmp_path / "g.pkl", TINY)
     code = (
         "import sys; from ckpt_convert import convert; convert.convert(*sys.argv[1:]);"
@@ -728,7 +824,7 @@ def test_nothing_of_the_formats_libraries_is_imported(tmp_path):
     subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parent.parent)
 
 
-def test_every_parameter_has_a_name_everywhere():
+def test_every_parameter_has_a_name_in_every_program():
     from ckpt_convert import stylegan2 as tables
 
     paths = checkpoints.parameter_shapes(StyleGAN2Config(64))

@@ -1,10 +1,11 @@
-"""The invertibility predictor against the reference's numbers, its files, and what training needs of it."""
+"""The invertibility predictor against the reference's numbers, its files, and its training mode."""
 
 import dataclasses
 import json
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +16,20 @@ from ckpt_convert import convert as convert_module
 from ckpt_convert import deeplab as table
 from ckpt_convert import tables
 from ckpt_convert.formats.torch_file import Storage, Tensor
-from samjax.latents import LATENT_NAMES
 from samjax.errors import UserError
 from samjax.io import checkpoints
+from samjax.latents import LATENT_NAMES
 from samjax.nets import deeplab
 from samjax.nets.deeplab import PredictorConfig
 
-TOLERANCE = 1e-4  # of an array's spread: what float32 sums in another order allow
+TOLERANCE = 1e-4  # relative to an array's spread; float32 sums in another order stay below it
 SMALL = PredictorConfig(("W+", "F6"), 3, blocks=(1, 1, 1, 2), width=4, decoder_width=8, low_level_width=6)
-KEY = jax.random.key(0, impl="rbg")  # compiles faster than the usual kind
-UNEVEN = dataclasses.replace(SMALL, blocks=(2, 1, 12, 3))  # for files; nothing is compiled for it
+KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default implementation
+UNEVEN = dataclasses.replace(SMALL, blocks=(2, 1, 12, 3))  # for files; never compiled
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """`array` as our reader of torch files gives it."""
+    """`array` as read from a torch file."""
     array = np.ascontiguousarray(array)
     storage = Storage(array.dtype, array.size, lambda: memoryview(array.tobytes()))
     return Tensor(storage, 0, array.shape, tuple(step // array.itemsize for step in array.strides))
@@ -39,7 +40,7 @@ def tree(config: PredictorConfig) -> dict[str, Any]:
 
 
 def convert(*objects: Any) -> tuple[PredictorConfig, dict[str, np.ndarray]]:
-    """Config and our flat variables from what files hold."""
+    """Config and flat variables from the contents of files."""
     stored = table.NETWORK.find(objects)
     assert stored is not None
     config = table.NETWORK.config(stored)
@@ -57,7 +58,7 @@ def errors(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def published(golden) -> dict[str, Any]:
-    """The case's weights as a published file holds them."""
+    """The weights of the golden case in the layout of the published file."""
     case, fill = golden("invertibility_A"), load_fill().fan_scaled
 
     def state(key: str, salt: str) -> dict[str, Tensor]:
@@ -69,9 +70,9 @@ def published(golden) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outputs(golden, published) -> tuple[np.ndarray, np.ndarray]:
-    """Features and maps of the case's picture, NCHW, from the same variables."""
+    """Features and maps of the image of the golden case, NCHW."""
     config, flat = convert(published)
-    assert config == PredictorConfig()  # the authors', with the layers in their order, whatever the file's
+    assert config == PredictorConfig()  # the authors', with layers in order, whatever their order in the file
     images = golden("invertibility_A")["x"].transpose(0, 2, 3, 1)
 
     @jax.jit
@@ -98,7 +99,7 @@ def test_maps_match_reference(i, golden, outputs):
 
 
 def random_variables(config: PredictorConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Flat variables of ordinary size, none at its default, which leave the heads' last ReLU open."""
+    """Flat variables of realistic size, none at its default, with the last ReLU of the heads active."""
     rng = np.random.default_rng(seed)
     flat = {}
     for path, leaf in tree(config).items():
@@ -124,7 +125,7 @@ def small_file() -> dict[str, dict[str, Tensor]]:
     return their_file(random_variables(UNEVEN))
 
 
-def test_conversion_takes_every_array_there_and_back(published):
+def test_conversion_round_trip_keeps_every_array(published):
     _, flat = convert(published)
     back = their_file(flat)
     assert {k: list(v) for k, v in back.items()}.keys() == published.keys()
@@ -135,26 +136,26 @@ def test_conversion_takes_every_array_there_and_back(published):
 
 
 def test_export_is_a_file_of_the_authors(tmp_path):
-    """Torch itself reads it, without running anything, and our conversion gives back the same bits."""
+    """PyTorch reads it with `weights_only`, and converting it back gives the same bits."""
     import torch
 
     flat = random_variables(SMALL)
     checkpoints.save_network(tmp_path / "ours", SMALL, checkpoints.unflatten(flat), {"source": {"file": "x"}})
-    notes = convert_module.export(tmp_path / "ours", tmp_path / "there.pt", "sam")
-    assert len(notes) == 1  # not of the size that their program has
-    found = torch.load(tmp_path / "there.pt", weights_only=True)
+    notes = convert_module.export(tmp_path / "ours", tmp_path / "exported.pt", "sam")
+    assert len(notes) == 1  # its size differs from that in their program
+    found = torch.load(tmp_path / "exported.pt", weights_only=True)
     assert set(found) == {"sd_base", *SMALL.latent_names}
     state = found["sd_base"]
     assert state["backbone.bn1.num_batches_tracked"].dtype == torch.int64
     assert state["backbone.bn1.num_batches_tracked"].shape == ()
     kernel = flat["params/base/backbone/conv1/kernel"]
     np.testing.assert_array_equal(state["backbone.conv1.weight"].numpy(), kernel.transpose(3, 2, 0, 1))
-    config, back = convert_module.read(tmp_path / "there.pt")[:2]
+    config, back = convert_module.read(tmp_path / "exported.pt")[:2]
     assert config == SMALL
     assert all((back[name] == flat[name]).all() for name in flat)
 
 
-def test_small_predictors_are_recognised(small_file):
+def test_small_predictors_are_recognized(small_file):
     config, flat = convert(small_file)
     assert config == UNEVEN
     for path, values in random_variables(UNEVEN).items():
@@ -179,7 +180,7 @@ def test_transposed_convolutions_are_stored_as_ordinary_ones(small_file):
 
 
 def test_files_of_a_training_epoch(small_file):
-    """As `torch.nn.DataParallel` names the arrays, and with whose head it is in the file's name only."""
+    """With the array names of `torch.nn.DataParallel`; only file names tell to which layer a head belongs."""
     wrapped = {part: {f"module.{name}": a for name, a in state.items()} for part, state in small_file.items()}
     files = {"099_head_F6.pt": wrapped["F6"], "099_head_W+.pt": wrapped["W+"], "099_main.pt": wrapped["sd_base"]}
     together = table.of_epoch(files)
@@ -215,11 +216,11 @@ def test_all_faults_of_a_file_are_listed(small_file):
 
 
 @pytest.mark.parametrize("objects", [[], [{}], [[1]], [{"state_dict": {}}], [{"a.weight": tensor(np.zeros(2))}]])
-def test_other_files_are_not_taken(objects):
+def test_other_files_are_not_recognized(objects):
     assert table.find(objects) is None
 
 
-def test_what_is_nearly_a_predictor_is_named(small_file):
+def test_similar_files_are_refused(small_file):
     base, head = small_file["sd_base"], small_file["W+"]
     cases: list[tuple[list[Any], str]] = [
         ([{"sd_base": base}], "this file's heads: none"),
@@ -269,15 +270,15 @@ def random_images(*shape: int) -> np.ndarray:
 def test_one_and_many_agree_at_an_odd_size_in_any_order_of_layers(small):
     images = random_images(3, 37, 53, 3)
     many = np.asarray(predict(small, images, SMALL))
-    assert many.shape == (3, 2, 37, 53)
+    chex.assert_shape(many, (3, 2, 37, 53))
     assert many.min() >= 0
-    assert min(errors(many[i], many[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1  # else nothing is compared
+    assert min(errors(many[i], many[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.1  # otherwise nothing is compared
     one = np.asarray(predict(small, images[1:2], dataclasses.replace(SMALL, latent_names=("F6", "W+"))))
     assert errors(one, many[1:2, ::-1]) < 1e-5  # float32 rounding
 
 
-def test_pyramid_reaches_as_far_as_the_reference(small):
-    """The golden picture is too small for the largest dilation: its outer taps all lie outside."""
+def test_pyramid_has_the_reach_of_the_reference(small):
+    """In the golden image, which is small, all outer taps of the largest dilation lie outside."""
     impulse = np.zeros((1, 41, 41, 128), np.float32)
     impulse[0, 20, 20] = 1
     part = {kind: small[kind]["base"]["aspp"] for kind in small}
@@ -290,33 +291,33 @@ def test_pyramid_reaches_as_far_as_the_reference(small):
         np.testing.assert_array_equal(reached, expected, err_msg=name)
 
 
-def test_smallest_picture(small):
+def test_smallest_image(small):
     maps = np.asarray(predict(small, random_images(1, 1, 2, 3), SMALL))
-    assert maps.shape == (1, 2, 1, 2)
-    assert np.isfinite(maps).all()
+    chex.assert_shape(maps, (1, 2, 1, 2))
+    chex.assert_tree_all_finite(maps)
 
 
 # --- training ---
 
 
-def test_training_normalises_by_the_batch_and_remembers_it(small, monkeypatch):
-    """With dropout out of the way: prediction by the statistics of a batch is training's output for it."""
+def test_training_normalizes_by_the_batch_and_updates_statistics(small, monkeypatch):
+    """Without dropout, the output of training mode is the prediction with the statistics of the batch."""
     rates = []
 
-    def nothing(self, x):
+    def identity(self, x):
         rates.append((self.rate, self.deterministic))
         return x
 
-    monkeypatch.setattr(deeplab.nn.Dropout, "__call__", nothing)
+    monkeypatch.setattr(deeplab.nn.Dropout, "__call__", identity)
     images = random_images(3, 37, 53, 3)
     maps, stats = jax.jit(lambda v, x, k: deeplab.train_maps(v, x, SMALL, key=k))(small, images, KEY)
     assert rates == [(0.5, False), (0.5, False), (0.1, False)]
     assert jax.tree.structure(stats) == jax.tree.structure(small["batch_stats"])
     batch = jax.tree.map(lambda new, old: (new - 0.9 * old) / 0.1, stats, small["batch_stats"])
     expected = np.asarray(predict({"params": small["params"], "batch_stats": batch}, images, SMALL))
-    # The statistics were reconstructed from a tenth of themselves, which costs a digit.
+    # The batch's statistics are reconstructed from a tenth of their value, which costs a digit.
     assert errors(np.asarray(maps), expected) < 1e-3
-    assert errors(np.asarray(predict(small, images, SMALL)), expected) > 0.1  # the remembered ones give something else
+    assert errors(np.asarray(predict(small, images, SMALL)), expected) > 0.1  # unlike with the running statistics
 
 
 def test_gradients_and_dropout(small):
@@ -334,9 +335,9 @@ def test_gradients_and_dropout(small):
     (grads, (maps, stats)), again, other = run(0), run(0)[1][0], run(1)[1][0]
     np.testing.assert_array_equal(maps, again)
     assert errors(np.asarray(other), np.asarray(maps)) > 0.05
+    chex.assert_tree_all_finite(grads)
     for path, grad in checkpoints.flatten(grads).items():
-        assert np.isfinite(grad).all(), path
-        # The heads' first bias is taken out again by the normalisation behind it.
+        # The normalization after the first convolution of a head removes its bias.
         assert np.abs(grad).max() > 0 or path.endswith("conv1/bias"), path
     for path, old in checkpoints.flatten(small["batch_stats"]).items():
         assert not np.array_equal(checkpoints.flatten(stats)[path], old), path
@@ -344,7 +345,7 @@ def test_gradients_and_dropout(small):
 
 def test_start_of_training():
     config = dataclasses.replace(SMALL, blocks=(1, 1, 1, 1), width=16, decoder_width=64, low_level_width=32)
-    deviations = {  # sqrt(2 / fan): fan-out in the backbone, fan-in behind it
+    deviations = {  # sqrt(2 / fan): fan-out in the backbone, fan-in after it
         "backbone/conv1": math.sqrt(2 / (49 * 16)),
         "backbone/layer4_0/conv2": math.sqrt(2 / (9 * 128)),
         "backbone/layer4_0/conv3": math.sqrt(2 / 512),
@@ -357,9 +358,9 @@ def test_start_of_training():
     @jax.jit
     def start(key):
         flat = checkpoints.flatten(deeplab.init(config, key=key))
-        # Of the kernels those looked at only: each costs the compiler a second.
-        looked_at = [f"params/base/{module}/kernel" for module in deviations]
-        return {k: v for k, v in flat.items() if k in looked_at or "head_W+" in k or not k.endswith("kernel")}
+        # Only the kernels tested below: each takes a second to compile.
+        tested = [f"params/base/{module}/kernel" for module in deviations]
+        return {k: v for k, v in flat.items() if k in tested or "head_W+" in k or not k.endswith("kernel")}
 
     flat = start(KEY)
     for module, expected in deviations.items():

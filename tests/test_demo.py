@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samjax import demo, encoding, invertibility
-from samjax.config import LATENT_NAMES
+from samjax import analysis, demo
 from samjax.demo import scenes
 from samjax.io import checkpoints, images
+from samjax.latents import LATENT_NAMES
 from samjax.nets import stylegan2
 
 
 def _factors(**values: float) -> jax.Array:
-    """A factor vector that normalisation leaves alone: the rest is alternately 1 and -1, `values` sit on top."""
+    """A normalized factor vector: alternately 1 and -1, except for `values`."""
     z = np.where(np.arange(scenes.NUM_FACTORS) % 2, 1.0, -1.0)
     for name, value in values.items():
         z[scenes.FACTORS.index(name)] = value
@@ -37,7 +37,7 @@ def test_a_scene_at_half_size_is_the_same_scene():
     assert float(jnp.abs(reduced - small).mean()) < 0.01  # edges alone may differ
 
 
-def test_factors_do_what_they_are_called():
+def test_factors_change_what_their_names_say():
     def car(scene: scenes.Scene) -> np.ndarray:
         return np.asarray(scene.labels) == scenes.CAR
 
@@ -49,12 +49,12 @@ def test_factors_do_what_they_are_called():
     assert car(van).sum() > 1.1 * car(saloon).sum()
 
 
-def test_only_the_direction_of_z_counts():
+def test_the_length_of_z_does_not_matter():
     z = _factors()
     np.testing.assert_allclose(scenes.render(z, 32).image, scenes.render(3 * z, 32).image, atol=1e-4)
 
 
-def test_hard_scenes_add_strangers_and_are_reproducible():
+def test_hard_scenes_add_objects_and_are_reproducible():
     few = demo.hard_scenes(3, key=jax.random.key(5), resolution=64)
     more = demo.hard_scenes(4, key=jax.random.key(5), resolution=64)
     np.testing.assert_array_equal(few.labels, more.labels[:3])
@@ -70,7 +70,7 @@ def _synthesize(config, params, ws):
 
 
 def _draw(generator, ws):
-    """The image [256, 256, 3] of styles [1, num_ws, w_dim]; one program for all tests."""
+    """The image [256, 256, 3] of styles [1, num_ws, w_dim], by one program for all tests."""
     return _synthesize(generator.config, generator.params, ws)
 
 
@@ -86,7 +86,7 @@ def test_generator_is_small_and_has_every_latent_layer(generator):
 
 
 def test_generator_draws_held_out_scenes(generator):
-    """At least 26 dB on scenes of its own domain: drawn here by z that training's keys cannot give."""
+    """At least 26 dB on scenes of its own domain: with z that training does not use."""
     z = jax.random.normal(jax.random.key(987), (8, scenes.NUM_FACTORS))
     ws = stylegan2.map_z(generator.config, generator.params, z)
     render = jax.jit(lambda z: scenes.render(z).image)
@@ -110,23 +110,23 @@ def test_the_encoders_code_is_closer_than_the_mean_style(generator):
     config, variables, _ = checkpoints.load_network(demo.ENCODER, "e4e")
     z = jax.random.normal(jax.random.key(987), (1, scenes.NUM_FACTORS))
     target = np.asarray(scenes.render(z[0]).image)
-    code = encoding.e4e(variables, config)(target[None])
+    code = analysis.encode(config, variables, target[None])
     mean = np.broadcast_to(generator.params["mapping"]["w_avg"], code.shape)
     error, worse = (float(np.square(_draw(generator, jnp.asarray(ws)) - target).mean()) for ws in (code, mean))
     assert error < 0.5 * worse
 
 
-def test_the_predictor_finds_the_strangers():
+def test_the_predictor_finds_the_added_objects():
     config, variables, _ = checkpoints.load_network(demo.PREDICTOR, "invertibility")
     paths = sorted(demo.SAMPLES.glob("scene?.png"))
     targets = np.stack([images.to_float(images.read_image(path)) for path in paths])
-    found = invertibility.predicted(variables, config)(targets)
+    found = analysis.predict_maps(config, variables, targets)
     assert config.latent_names == LATENT_NAMES
     for path, error_maps in zip(paths, found, strict=True):
         labels = images.read_segments(path.with_name(f"{path.stem}_segments.png"), 256, 256, (256, 256))
-        stranger, scene = (error_maps[:, mask].mean(1) for mask in (labels == scenes.OCCLUDER, labels < scenes.CAR))
-        assert stranger[0] > 1.5 * scene[0]  # W+ has none of them
-        assert stranger[-1] < stranger[0]
+        added, scene = (error_maps[:, mask].mean(1) for mask in (labels == scenes.OCCLUDER, labels < scenes.CAR))
+        assert added[0] > 1.5 * scene[0]  # W+ cannot render them
+        assert added[-1] < added[0]
 
 
 def test_blue_direction_makes_the_car_blue_and_leaves_the_sky(generator):
@@ -150,3 +150,13 @@ def test_body_direction_makes_the_car_taller(generator):
     saloon = np.asarray(scenes.render(z[0]).labels) == scenes.CAR
     van = np.asarray(scenes.render(_factors(body=1.0)).labels) == scenes.CAR
     assert change[van & ~saloon].mean() > 5 * change[~van & ~saloon].mean()
+
+
+def test_scenes_are_drawn_once_and_depend_on_seed_and_number_only(tmp_path):
+    few = demo.draw_scenes(tmp_path / "few", 2, seed=5)
+    written = [path.stat().st_mtime_ns for path in few]
+    assert demo.draw_scenes(tmp_path / "few", 2, seed=5) == few
+    assert [path.stat().st_mtime_ns for path in few] == written
+    more = demo.draw_scenes(tmp_path / "more", 3, seed=5)
+    assert [path.name for path in more] == [f"scene5_{i:05d}.png" for i in range(3)]
+    assert [path.read_bytes() for path in few] == [path.read_bytes() for path in more[:2]]

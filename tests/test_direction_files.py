@@ -26,7 +26,7 @@ def save(path, array):
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
 @pytest.mark.parametrize("shape", [(1, 6, 8), (6, 8), (8,)])
-def test_directions_of_every_kind_and_shape(tmp_path, suffix, shape):
+def test_directions_of_every_format_and_shape(tmp_path, suffix, shape):
     array = np.random.default_rng(0).standard_normal(shape)
     save(tmp_path / f"direction{suffix}", array)
     found = directions.read(tmp_path / f"direction{suffix}", 6, 8)
@@ -43,7 +43,7 @@ def test_one_array_among_several_is_found_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
-def test_damaged_and_foreign_files_are_told_in_one_line(tmp_path, suffix):
+def test_damaged_and_other_files_give_errors_of_one_line(tmp_path, suffix):
     path = tmp_path / f"direction{suffix}"
     with pytest.raises(UserError, match="no such file"):
         directions.read(path, 6, 8)
@@ -75,7 +75,7 @@ def test_pickled_objects_are_refused_unread(tmp_path):
         directions.read(tmp_path / "trap.npz", 6, 8)
 
 
-def test_other_kinds_are_told(tmp_path):
+def test_other_formats_are_errors(tmp_path):
     (tmp_path / "direction.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"\.npy, \.npz or \.safetensors, not '\.pt'"):
         directions.read(tmp_path / "direction.pt", 6, 8)
@@ -139,7 +139,7 @@ def test_numpy_files(tmp_path):
         ("damaged.npz", b"PK\\3\\4", "cannot be read"),
     ],
 )
-def test_files_that_are_no_directions(tmp_path, name, content, message):
+def test_files_that_are_not_directions(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:

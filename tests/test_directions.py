@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, tiny_generator
 
 from samjax import demo, directions
 from samjax.demo import scenes
 from samjax.nets import stylegan2
+from samjax.testing import TINY, tiny_generator
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def styles():
     return directions.sample_styles(TINY, tiny_generator(), key=jax.random.key(0), samples=500, batch_size=200)
 
 
-# --- found ---
+# --- methods ---
 
 
 def test_styles_are_those_of_the_mapping(styles):
@@ -45,7 +45,7 @@ def test_ganspace_is_principal_component_analysis(styles):
 
 
 def test_sefa_moves_the_styles_of_its_layers_most(styles):
-    """No direction of unit length changes these layers' normalised modulation more than the first."""
+    """No direction of unit length changes these layers' normalized modulation more than the first."""
     params = tiny_generator()
     found = directions.sefa(TINY, params, styles, layers=(2, 4), count=TINY.w_dim)
     names = (("b8", "conv1"), ("b16", "conv0"))
@@ -65,7 +65,7 @@ def test_every_style_has_its_layer():
 
 
 @pytest.mark.parametrize("layers", [(3, 3), (-1, 2), (0, 9), (5, 2)])
-def test_ranges_that_are_none(layers):
+def test_invalid_ranges(layers):
     with pytest.raises(ValueError, match="this generator has 8"):
         directions.check_layers(TINY, layers)
 
@@ -79,7 +79,7 @@ def test_spread_over_a_range():
     assert directions.spread_over(np.ones(8), TINY).all()
 
 
-def test_scores_and_classes_give_back_their_normal(styles):
+def test_scores_and_classes_recover_their_normal(styles):
     rng = np.random.default_rng(0)
     normal = rng.standard_normal(TINY.w_dim)
     scores = styles.ws @ normal + 7
@@ -114,8 +114,8 @@ def test_classes_are_two(styles):
 
 
 def test_principal_components_of_the_demo_are_its_factors():
-    """Its z are the factors that its scenes are drawn from, and nearly linear in W: 98% of each factor's variance or
-    more. So what a direction does to them can be read off."""
+    """Its z are the factors of its scenes, and nearly linear in W (98% of each factor's variance or more), so a linear
+    fit tells how a direction changes each factor."""
     generator = demo.load_generator()
     config, params, key = generator.config, generator.params, jax.random.key(11)
     styles = directions.sample_styles(config, params, key=key, samples=4000)
@@ -126,4 +126,4 @@ def test_principal_components_of_the_demo_are_its_factors():
     effects = directions.ganspace(styles).vectors @ slopes  # [8, factors]
     strongest = {scenes.FACTORS[np.abs(effect).argmax()]: float(np.abs(effect).max()) for effect in effects}
     assert strongest["scale"] > 0.5, "a standard deviation changes the size by more than half of one of its own"
-    assert max(strongest.get(colour, 0) for colour in ("red", "green", "blue")) > 0.5
+    assert max(strongest.get(color, 0) for color in ("red", "green", "blue")) > 0.5

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import golden_weights
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ from samjax.io import checkpoints
 from samjax.nets import e4e
 from samjax.nets.e4e import E4EConfig
 
-# The same architecture: a stage of several blocks, all three levels, widths below and above 16.
+# A small encoder with a stage of several blocks, all three levels, and widths below and above 16.
 TINY = E4EConfig(num_styles=8, style_dim=6, widths=(8, 16, 32, 48), blocks=(1, 2, 1, 1), head_width=5, head_depth=1)
-TOLERANCE = 1e-4  # of the spread; float32 sums in another order came to 6e-7
+TOLERANCE = 1e-4  # relative to the spread; float32 sums in another order differ by 6e-7
 
 encode = jax.jit(e4e.encode, static_argnames="config")
 fill = golden_weights.load_fill().e4e
@@ -36,7 +37,7 @@ def shapes_of(config: E4EConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: type = np.float32) -> Tensor:
-    """As in a torch file, filled when it is read."""
+    """A tensor of a torch file, filled when it is read."""
     dtype_, count = np.dtype(dtype), int(np.prod(shape))
     strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
 
@@ -47,7 +48,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: type = np.float32) -> Tenso
 
 
 def state_of(config: E4EConfig) -> dict[str, Any]:
-    """The encoder in the authors' names, filled by the reference's rule; with `latent_avg`."""
+    """The state dict of an encoder under the authors' names, with `latent_avg`, filled by the reference's rule."""
     state = {}
     for path, shape in shapes_of(config).items():
         name, layout = tables.find(table.ROWS, path)
@@ -61,7 +62,7 @@ def convert(state: Mapping[str, Any], config: E4EConfig) -> dict[str, Any]:
 
 
 def checkpoint(state: Mapping[str, Any], **others: Any) -> dict[str, Any]:
-    """A file of the authors that holds `state`, and a generator."""
+    """A checkpoint of the authors with `state` and a generator."""
     held = {f"encoder.{name}": array for name, array in state.items() if name != "latent_avg"}
     return {"state_dict": {**held, "decoder.style.1.weight": tensor("d", (4, 4))}, **others}
 
@@ -71,7 +72,7 @@ def tiny() -> dict[str, Any]:
     return convert(state_of(TINY), TINY)
 
 
-def pictures(count: int, height: int, width: int) -> np.ndarray:
+def random_images(count: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
 
 
@@ -86,7 +87,7 @@ def error(ours: Any, theirs: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def golden_codes(golden) -> tuple[E4EConfig, np.ndarray]:
-    """The whole way of a published checkpoint: found, converted, run."""
+    """Codes of a published checkpoint: found, converted, run."""
     case = golden("e4e_A")
     state = {
         name: tensor(name, tuple(shape), np.int64 if name.endswith("num_batches_tracked") else np.float32)
@@ -105,15 +106,15 @@ def test_matches_reference(golden_codes, golden):
     assert config == E4EConfig(num_styles=16)
     theirs = golden("e4e_A")["codes"]
     assert error(codes, theirs) < TOLERANCE
-    # What each head adds, too, which style 0 would hide if it were much larger.
+    # The differences too, which a much larger style 0 would hide.
     assert error(codes[:, 1:] - codes[:, :1], theirs[:, 1:] - theirs[:, :1]) < TOLERANCE
 
 
 def torch_codes(state: Mapping[str, Any], images: np.ndarray, config: E4EConfig) -> np.ndarray:
-    """The encoder written once more, in PyTorch, out of a state dict."""
+    """The encoder, written independently in PyTorch, from a state dict."""
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
-    torch.set_num_threads(1)  # its waiting threads take the processor from JAX's
+    torch.set_num_threads(1)  # its idle threads would take CPU time from JAX's
     w = {name: torch.from_numpy(np.array(array.array())) for name, array in state.items()}
 
     def norm(x, name):
@@ -155,21 +156,21 @@ def torch_codes(state: Mapping[str, Any], images: np.ndarray, config: E4EConfig)
 
 @pytest.fixture(scope="module")
 def odd(tiny) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of a size that nothing divides, and their codes."""
-    images = pictures(3, 19, 30)
+    """Images of a size that no stride divides, and their codes."""
+    images = random_images(3, 19, 30)
     return images, np.asarray(encode(tiny, images, config=TINY))
 
 
 def test_odd_sizes_match_torch(odd):
     images, codes = odd
     theirs = torch_codes(state_of(TINY), images, TINY)
-    assert np.abs(theirs - theirs[:1]).max() > 0.1 * np.ptp(theirs)  # else the pictures would not matter
+    assert np.abs(theirs - theirs[:1]).max() > 0.1 * np.ptp(theirs)  # or the images would not matter
     assert error(codes, theirs) < TOLERANCE
 
 
 def test_largest_and_thinnest_sizes_match_torch(tiny):
-    """As large as the heads bring down to one pixel, and one pixel thin: all halvings round up."""
-    images = pictures(1, TINY.max_size, 1)
+    """The largest height and the smallest width: all halvings round up."""
+    images = random_images(1, TINY.max_size, 1)
     assert error(encode(tiny, images, config=TINY), torch_codes(state_of(TINY), images, TINY)) < TOLERANCE
 
 
@@ -192,19 +193,20 @@ def test_average_style_is_added_once(odd, tiny):
 
 @pytest.mark.parametrize("styles", [4, 6])
 def test_few_styles_leave_levels_unused(styles):
-    """Their layers are there all the same, as in the authors' checkpoints. Nothing is computed."""
+    """Their layers still exist, as in the authors' checkpoints. Only shapes are computed."""
     config = dataclasses.replace(TINY, num_styles=styles)
     variables = jax.eval_shape(lambda: e4e.init(config, key=jax.random.key(0)))
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
     codes = jax.eval_shape(lambda v, x: e4e.encode(v, x, config), variables, images)
-    assert (codes.shape, codes.dtype) == ((2, styles, 6), jnp.float32)
+    chex.assert_shape(codes, (2, styles, 6))
+    chex.assert_type(codes, jnp.float32)
     assert {"lateral1", "lateral2"} <= set(variables["params"])
 
 
-def test_training_mode_gathers_statistics(tiny):
+def test_training_mode_updates_statistics(tiny):
     network = e4e.Encoder(TINY, train=True)
-    gather = jax.jit(lambda v, x: network.apply(v, x, mutable=["batch_stats"])[1]["batch_stats"])
-    changed = gather(tiny, pictures(3, 16, 16))
+    update = jax.jit(lambda v, x: network.apply(v, x, mutable=["batch_stats"])[1]["batch_stats"])
+    changed = update(tiny, random_images(3, 16, 16))
     before, after = (checkpoints.flatten(tree) for tree in (tiny["batch_stats"], changed))
     assert {path for path in before if np.array_equal(before[path], after[path])} == {"latent_avg"}
 
@@ -239,7 +241,7 @@ def test_bad_configs_are_refused(values):
 # --- conversion ---
 
 
-def test_conversion_takes_every_array_as_it_is(tiny):
+def test_conversion_keeps_every_array(tiny):
     state, taken = state_of(TINY), set()
     for path, ours in checkpoints.flatten(tiny).items():
         name, layout = tables.find(table.ROWS, path)
@@ -306,7 +308,7 @@ def test_average_style_is_taken(opts, stored, expected):
         {},
     ],
 )
-def test_average_style_is_zero_where_none_is_added(others):
+def test_average_style_is_zero_where_the_file_adds_none(others):
     average = found(checkpoint(state_of(TINY), **others))["latent_avg"].array()
     assert average.shape == (8, 512)
     assert not average.any()
@@ -321,7 +323,7 @@ def test_average_style_is_zero_where_none_is_added(others):
         ({"latent_avg": [0.0] * 512}, "latent_avg .*not an array"),
     ],
 )
-def test_nearly_right_files_are_refused(others, message):
+def test_similar_files_are_refused(others, message):
     with pytest.raises(UserError, match=message):
         table.find([checkpoint(state_of(TINY), **others)])
 
@@ -351,6 +353,6 @@ def test_no_encoder_has_so_many_styles(names):
 
 
 def test_lacking_head_is_named():
-    """The number of styles is that of the last head, so that one missing before it is told by name."""
+    """The last head gives the number of styles, so that a missing head before it is reported by name."""
     names = [f"styles.{i}.linear.bias" for i in range(14) if i != 5]
     assert table.config(dict.fromkeys(names, ROW)) == E4EConfig(num_styles=14)

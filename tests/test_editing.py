@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import golden_generator, seeded, seeded_latents
-from tiny import TINY, tiny_generator
 
-from samjax import editing, latents, maps
+from samjax import editing, latents, layer_selection
 from samjax.nets import stylegan2
+from samjax.testing import TINY, tiny_generator
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,9 @@ def test_reference_edit(golden):
     config, params = golden_generator(case)
     layers = latents.latent_layers(config)
     error_maps = np.stack([case[f"inv_{layer.name}"][0, 0] for layer in layers])
-    masks = maps.stack_masks(maps.assign_layers(error_maps, case["segments"], 0.45).layer_maps, layers)
+    masks = layer_selection.stack_masks(
+        layer_selection.assign_layers(error_maps, case["segments"], 0.45).layer_maps, layers
+    )
     direction = np.float32(0.5) * seeded("edit", case["wp"].shape)
     image = editing.edit(config, params, seeded_latents(config, case["wp"]), masks, direction, [1.0], batch_size=1)
     expected = case["edited"].transpose(0, 2, 3, 1)

@@ -1,9 +1,9 @@
-"""Finding directions as a user does: what is written, what a scorer is given, and what bad input says."""
+"""Finding directions: what is written, what a scorer receives, and messages about bad input."""
 
 import json
-import sys
 from pathlib import Path
 
+import find_directions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,27 +11,15 @@ import optax
 import pytest
 import safetensors
 from PIL import Image
-from tiny import TINY, tiny_generator
 
 from ckpt_convert import directions as files
-from samjax import demo, directions, inversion
+from samjax import demo, directions, driver, generation
 from samjax.demo import scenes
 from samjax.errors import UserError
 from samjax.io import checkpoints
+from samjax.io.weights import load_lpips
 from samjax.nets import stylegan2
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-
-@pytest.fixture(scope="module")
-def program():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import find_directions
-
-        yield find_directions
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+from samjax.testing import TINY, tiny_generator
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +30,13 @@ def generator(tmp_path_factory):
 
 
 @pytest.fixture
-def find(program, generator, tmp_path):
-    """Runs the program on the tiny generator; gives the folder it wrote."""
+def find(generator, tmp_path):
+    """Runs the program on the tiny generator and returns its output directory."""
 
     def run(**options):
         folder = tmp_path / "found"
         small = {"generator": generator, "output_path": folder, "count": 2, "samples": 200, "images": 2, "scored": 24}
-        program.main(program.Arguments(**small | options))
+        find_directions.main(find_directions.Arguments(**small | options))
         return folder
 
     return run
@@ -88,21 +76,20 @@ def test_sefa_looks_at_its_layers_alone(find):
     assert np.abs(at_one[1:]).max() == 0
 
 
-def test_the_typical_strength_changes_images_as_asked(find, program, generator):
+def test_the_typical_strength_changes_images_as_asked(find):
     folder = find(typical_change=0.02)
     way = files.read(folder / "ganspace_00.safetensors", TINY.num_ws, TINY.w_dim)["ganspace_00"]
     typical = notes(folder / "ganspace_00.safetensors")["typical_strength"]
-    loaded, params = checkpoints.load_generator(generator), program.load_lpips("alex")
-    ws = program.styles_of(loaded, range(2), 0.7)
-    still, moved = (jnp.asarray(program.draw(loaded, ws + s * way)) for s in (0.0, typical))
-    # A line between the strengths tried, and two digits.
-    assert float(np.mean(program._distance(params, still, moved))) == pytest.approx(0.02, rel=0.35)
+    params = tiny_generator()
+    ws = directions.seed_styles(TINY, params, range(2), 0.7)
+    still, moved = (generation.draw(TINY, params, ws + s * way) for s in (0.0, typical))
+    # Linear interpolation between the strengths tried, and two digits.
+    assert float(np.mean(directions.image_change(load_lpips("alex"), still, moved))) == pytest.approx(0.02, rel=0.35)
 
 
-def test_scores_of_samples(find, program, generator, tmp_path):
+def test_scores_of_samples(find, tmp_path):
     """The score is an entry of w itself: the direction is the one along which that entry grows."""
-    loaded = checkpoints.load_generator(generator)
-    ws = program.styles_of(loaded, range(200))[:, 0]
+    ws = directions.seed_styles(TINY, tiny_generator(), range(200))[:, 0]
     table = tmp_path / "third.csv"
     table.write_text("seed,score\n" + "".join(f"{i},{value}\n" for i, value in enumerate(ws[:, 2])))
     folder = find(scores=table)
@@ -116,7 +103,7 @@ def test_scores_of_samples(find, program, generator, tmp_path):
 
 
 def test_a_scorer_of_images(find, tmp_path):
-    """It is given uint8 images, and what it likes grows along the direction."""
+    """It receives uint8 images, and its score grows along the direction."""
     file = tmp_path / "mine.py"
     file.write_text(
         "import numpy as np\n"
@@ -128,7 +115,7 @@ def test_a_scorer_of_images(find, tmp_path):
     way = files.read(folder / "light.safetensors", TINY.num_ws, TINY.w_dim)["light"]
     ws = np.asarray(stylegan2.map_z(TINY, tiny_generator(), jax.random.normal(jax.random.key(9), (32, TINY.z_dim))))
     dark, light = (
-        inversion.render(TINY, tiny_generator(), {"W+": jnp.asarray(ws + s * way)}, {}, batch_size=8).mean((1, 2, 3))
+        driver.render(TINY, tiny_generator(), {"W+": jnp.asarray(ws + s * way)}, {}, batch_size=8).mean((1, 2, 3))
         for s in (-1, 1)
     )
     assert np.mean(light > dark) > 0.9
@@ -187,22 +174,22 @@ def test_scorers_that_do_not_work(find, tmp_path, body, message):
         ("", "at least 2"),
     ],
 )
-def test_scores_that_are_none(find, tmp_path, text, message):
+def test_invalid_scores(find, tmp_path, text, message):
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         find(scores=tmp_path / "scores.csv")
 
 
-# --- what they do to pictures of the demo ---
+# --- their effect on images of the demo ---
 
 
 @pytest.fixture(scope="module")
 def factor_changes():
-    """A function that gives, for directions and the layers they act on, [K, factors]: by how many standard deviations
-    each factor changes with a strength of 1.
+    """A function of directions and the layers that they act on: [K, factors], by how many standard deviations each
+    factor changes with a strength of 1.
 
-    Factors are read off pictures: those with which the renderer draws what the generator has drawn, by gradient
-    descent from the factors of the unedited image.
+    The factors of an image are those with which the renderer draws it, found by gradient descent from the factors of
+    the unedited image.
     """
     generator = demo.load_generator()
     config, params = generator.config, generator.params
@@ -212,19 +199,19 @@ def factor_changes():
     drawn = jax.vmap(lambda z: scenes.render(z, side).image)
 
     @jax.jit
-    def step(pictures, z, moments):
-        gradients = jax.grad(lambda z: jnp.sum(jnp.mean((drawn(z) - pictures) ** 2, (1, 2, 3))))(z)
+    def step(targets, z, moments):
+        gradients = jax.grad(lambda z: jnp.sum(jnp.mean((drawn(z) - targets) ** 2, (1, 2, 3))))(z)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to an int32 power
             updates, moments = adam.update(gradients, moments)
         return scenes.normalize_factors(z + updates), moments
 
     def read(ws, z):
-        made = inversion.render(config, params, {"W+": jnp.asarray(ws)}, {}, batch_size=6)
+        made = driver.render(config, params, {"W+": jnp.asarray(ws)}, {}, batch_size=6)
         factor = made.shape[1] // side
-        pictures = jnp.asarray(np.clip(made, -1, 1).reshape(len(ws), side, factor, side, factor, 3).mean((2, 4)))
+        targets = jnp.asarray(np.clip(made, -1, 1).reshape(len(ws), side, factor, side, factor, 3).mean((2, 4)))
         moments = adam.init(z)
         for _ in range(40):
-            z, moments = step(pictures, z, moments)
+            z, moments = step(targets, z, moments)
         return z
 
     still = read(ws, z)
@@ -238,7 +225,7 @@ def factor_changes():
     return changes
 
 
-COLOURS = [scenes.FACTORS.index(name) for name in ("red", "green", "blue")]
+COLORS = [scenes.FACTORS.index(name) for name in ("red", "green", "blue")]
 SIZE = [scenes.FACTORS.index("scale")]
 
 
@@ -246,14 +233,14 @@ SIZE = [scenes.FACTORS.index("scale")]
 @pytest.mark.parametrize(
     ("method", "layers", "factors"),
     [
-        ("ganspace", None, COLOURS),
+        ("ganspace", None, COLORS),
         ("ganspace", None, SIZE),
-        # SeFa asks weights alone, and over all layers those of shapes are the strongest.
-        ("sefa", (6, 14), COLOURS),
+        # SeFa looks at weights only, and over all layers those of shapes are the strongest.
+        ("sefa", (6, 14), COLORS),
         ("sefa", (2, 14), SIZE),
     ],
 )
-def test_colour_and_size_are_among_the_first_eight(factor_changes, method, layers, factors):
+def test_color_and_size_are_among_the_first_eight(factor_changes, method, layers, factors):
     """Some direction changes one of these factors by half a standard deviation, and no other factor more."""
     generator = demo.load_generator()
     styles = directions.sample_styles(generator.config, generator.params, key=jax.random.key(0))

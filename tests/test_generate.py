@@ -1,48 +1,36 @@
-"""Drawing images as a user does, with a tiny generator: names, numbers, and what bad input says."""
+"""Drawing images, with a tiny generator: names, numbers, and messages about bad input."""
 
-import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from samjax import cli, generation
 from samjax.errors import UserError
 from samjax.io import checkpoints, images
 from samjax.nets import stylegan2
+from samjax.testing import tiny_generator
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 CONFIG = stylegan2.StyleGAN2Config(8, z_dim=6, w_dim=5, mapping_layers=1, channel_base=32, channel_max=4)
-LABELLED = stylegan2.StyleGAN2Config(8, z_dim=6, w_dim=5, mapping_layers=1, channel_base=32, channel_max=4, c_dim=3)
-
-
-@pytest.fixture(scope="module")
-def generate():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import generate
-
-        yield generate
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+LABELED = stylegan2.StyleGAN2Config(8, z_dim=6, w_dim=5, mapping_layers=1, channel_base=32, channel_max=4, c_dim=3)
 
 
 @pytest.fixture(scope="module")
 def generators(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generators")
-    rng = np.random.default_rng(0)
-    for name, config in (("plain", CONFIG), ("labelled", LABELLED)):
-        shapes = jax.eval_shape(lambda config=config: stylegan2.init(config, key=jax.random.key(0)))
-        params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
-        checkpoints.save_safetensors(folder / f"{name}.safetensors", config, params)
-    return folder
+    """A directory with a generator and one that has classes."""
+    directory = tmp_path_factory.mktemp("generators")
+    for name, config in (("plain", CONFIG), ("labeled", LABELED)):
+        checkpoints.save_safetensors(directory / f"{name}.safetensors", config, tiny_generator(config))
+    return directory
 
 
 @pytest.fixture
-def draw(generate, generators, tmp_path):
-    """Runs the program and gives images.npy."""
+def draw(generators, tmp_path):
+    """Runs the program and returns images.npy."""
 
     def run(**options):
         options = {"generator": generators / "plain.safetensors", "output_path": tmp_path / "out", **options}
@@ -55,8 +43,8 @@ def draw(generate, generators, tmp_path):
 @pytest.mark.parametrize(
     ("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("5, 1-2,5", [5, 1, 2]), ("4294967295", [2**32 - 1])]
 )
-def test_seeds(generate, text, seeds):
-    assert generate.parse_seeds(text) == seeds
+def test_seeds(text, seeds):
+    assert generation.parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize(
@@ -74,25 +62,25 @@ def test_seeds(generate, text, seeds):
         ("0-9999,10000", "more than 10,000"),
     ],
 )
-def test_bad_seeds(generate, text, message):
+def test_bad_seeds(text, message):
     with pytest.raises(UserError, match=message):
-        generate.parse_seeds(text)
+        generation.parse_seeds(text)
 
 
-def test_z_of_a_seed(generate):
-    """The first numbers of NumPy's legacy generator with seed 0, as every StyleGAN2 program shows them."""
-    z = generate.random_z(0, 512)
+def test_z_of_a_seed():
+    """The first numbers of NumPy's legacy generator with seed 0, from which every StyleGAN2 program draws."""
+    z = generation.random_z(0, 512)
     np.testing.assert_allclose(z[:3], [1.7640524, 0.4001572, 0.978738], rtol=1e-6)
     assert z.shape == (512,)
 
 
-def test_images_from_seeds(draw, generate, generators, tmp_path):
+def test_images_from_seeds(draw, generators, tmp_path):
     made = draw(seeds="3-7", truncation_psi=0.5, batch_size=2)
     assert made.shape == (5, 8, 8, 3)
     assert made.dtype == np.float32
     assert np.abs(made).max() <= 1
     config, params, _ = checkpoints.load_generator(generators / "plain.safetensors")
-    z = np.stack([generate.random_z(seed, 6) for seed in range(3, 8)])
+    z = np.stack([generation.random_z(seed, 6) for seed in range(3, 8)])
     expected = jax.jit(
         lambda z: stylegan2.synthesize(config, params, stylegan2.map_z(config, params, z, truncation_psi=0.5)).image
     )(z).clip(-1, 1)
@@ -127,12 +115,12 @@ def test_random_noise_belongs_to_the_seed(draw):
 
 
 def test_classes(draw, generators):
-    labelled = generators / "labelled.safetensors"
-    zero, two = (draw(generator=labelled, seeds="0", class_idx=i) for i in (0, 2))
+    labeled = generators / "labeled.safetensors"
+    zero, two = (draw(generator=labeled, seeds="0", class_idx=i) for i in (0, 2))
     assert np.abs(zero - two).max() > 1e-3
     for class_idx in (None, 3, -1):
         with pytest.raises(UserError, match="--class_idx from 0 to 2"):
-            draw(generator=labelled, class_idx=class_idx)
+            draw(generator=labeled, class_idx=class_idx)
     with pytest.raises(UserError, match="no classes"):
         draw(class_idx=0)
 
@@ -150,10 +138,10 @@ def test_bad_styles(draw, tmp_path):
     cases = [
         (np.zeros((1, 3, 5), np.float32), r"has shape \(1, 3, 5\); this generator takes \(N, 4, 5\) or \(4, 5\)"),
         (right[:0], r"has shape \(0, 4, 5\)"),
-        (right.astype(np.int32), "int32 where styles are floats"),
+        (right.astype(np.int32), "int32, but styles are floats"),
         (np.full_like(right, np.nan), "not finite"),
         (np.full_like(right, 1e300, np.float64), "not finite"),
-        (np.array([Trap()], object), "no .npy file of numbers"),
+        (np.array([Trap()], object), "not a .npy file of numbers"),
     ]
     for array, message in cases:
         np.save(path, array, allow_pickle=True)
@@ -195,19 +183,22 @@ def test_nothing_is_left_of_a_failed_run(draw, generators, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_large_grids_are_reduced(generate):
-    grid = generate.Grid(10_000, 64)
+def test_large_grids_are_reduced():
+    grid = generation.Grid(10_000, 64)
     assert grid.image.shape == (4000, 4000, 3)
     grid.add(np.zeros((64, 64), np.uint8))
     assert (grid.image[:40, :40] == 0).all()
     assert (grid.image[:, 40:] == 255).all()
 
 
-def test_command_line(generators, tmp_path):
-    """One line and exit code 2 for a folder that cannot be written."""
+def test_command_line(generators, tmp_path, monkeypatch, capsys):
+    """One line and exit code 2 for a directory that cannot be written."""
     (tmp_path / "file").write_text("")
-    command = [sys.executable, EXPERIMENTS / "generate.py", "--generator", generators / "plain.safetensors"]
-    done = subprocess.run([*command, "--output_path", tmp_path / "file"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the output folder")
-    assert done.stderr.count("\n") == 1
+    flags = {"--generator": generators / "plain.safetensors", "--output_path": tmp_path / "file"}
+    monkeypatch.setattr(sys, "argv", ["generate.py", *(str(part) for flag in flags.items() for part in flag)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(generate.Arguments, generate.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the output directory")
+    assert error.count("\n") == 1

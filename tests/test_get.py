@@ -1,4 +1,4 @@
-"""Fetching the official files: from a server on this machine that breaks off, changes its mind, or is not there."""
+"""Downloading official files from a local server that interrupts, changes or lacks them, and preparing options."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from ckpt_convert import __main__ as program
 from ckpt_convert import get
+from samjax.config import Options
 from samjax.errors import UserError
 from samjax.io import checkpoints, registry
 from samjax.io.registry import WeightFile
@@ -25,7 +26,7 @@ NAME = "tensorflow_A.pkl"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `folder`, with ranges; `cut` is how many bytes it sends before it hangs up, once."""
+    """Serves `folder`, with ranges; once, it closes the connection after `cut` bytes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -33,7 +34,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.kind = "application/octet-stream"
 
     def handle_error(self, *_: Any) -> None:
-        pass  # who breaks off cannot complain
+        pass  # of interrupted connections
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -101,7 +102,7 @@ def fetch(category: str, cache: Path, **options: Any) -> tuple[dict[str, Path], 
     return get.get(category, cache=cache, roles=ROLES, notify=said.append, **options), said
 
 
-def test_downloads_converts_and_does_neither_twice(category, server, tmp_path):
+def test_files_are_downloaded_and_converted_once(category, server, tmp_path):
     found, said = fetch(category, tmp_path / "cache")
     assert len(said) == 3  # two files, one conversion
     assert "700 kB; free" in said[0]
@@ -113,7 +114,7 @@ def test_downloads_converts_and_does_neither_twice(category, server, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
-def test_a_broken_download_goes_on_where_it_was(category, server, tmp_path):
+def test_an_interrupted_download_is_resumed(category, server, tmp_path):
     server.cut = 100_000
     with pytest.raises(UserError, match="a file of the category tests cannot be found") as caught:
         fetch(category, tmp_path / "cache")
@@ -126,7 +127,7 @@ def test_a_broken_download_goes_on_where_it_was(category, server, tmp_path):
     assert (downloads / NAME).read_bytes() == (GOLDEN / NAME).read_bytes()
 
 
-def test_a_file_that_changed_meanwhile_starts_again(category, server, tmp_path):
+def test_a_file_that_changed_meanwhile_is_downloaded_from_the_start(category, server, tmp_path):
     server.cut = 100_000
     with pytest.raises(UserError):
         fetch(category, tmp_path / "cache")
@@ -135,12 +136,12 @@ def test_a_file_that_changed_meanwhile_starts_again(category, server, tmp_path):
     assert (tmp_path / "cache" / "downloads" / NAME).read_bytes() == (GOLDEN / "nvidia_A.pkl").read_bytes()
 
 
-def test_a_hash_seen_once_must_come_again(category, server, tmp_path):
+def test_later_downloads_must_have_the_first_hash(category, server, tmp_path):
     fetch(category, tmp_path / "cache")
     downloads = tmp_path / "cache" / "downloads"
     assert len(json.loads((downloads / "hashes.json").read_text())[NAME]) == 64
     (downloads / NAME).unlink()
-    fetch(category, tmp_path / "cache")  # the same again is fine
+    fetch(category, tmp_path / "cache")  # the same file is accepted
     (downloads / NAME).unlink()
     shutil.copy(GOLDEN / "nvidia_A.pkl", server.folder / NAME)
     with pytest.raises(UserError) as caught:
@@ -150,7 +151,7 @@ def test_a_hash_seen_once_must_come_again(category, server, tmp_path):
     assert not list(downloads.glob("*.part"))
 
 
-def test_a_stated_hash_must_come_at_once(category, server, tmp_path, monkeypatch):
+def test_the_first_download_must_have_the_stated_hash(category, server, tmp_path, monkeypatch):
     (file, edit) = registry.CATEGORY_FILES[category]
     wrong = WeightFile(file.name, file.url, 1, "free", file.role, file.network, sha256="0" * 64)
     monkeypatch.setattr(registry, "CATEGORY_FILES", {category: (wrong, edit)})
@@ -169,7 +170,7 @@ def test_a_page_instead_of_the_file_and_a_missing_one(category, server, tmp_path
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_a_folder_of_ones_own_comes_first(category, server, tmp_path):
+def test_the_users_directory_comes_first(category, server, tmp_path):
     own = tmp_path / "own"
     (own / "edits" / "tests").mkdir(parents=True)
     (own / "ckpt").mkdir()
@@ -197,7 +198,7 @@ def test_damaged_files_leave_the_cache_whole(category, server, tmp_path):
     assert said == [f"converting {NAME}"]
 
 
-def test_another_network_under_the_name_is_told(category, server, tmp_path):
+def test_another_network_under_the_name_is_an_error(category, server, tmp_path):
     own = tmp_path / "own"
     (own / "tests").mkdir(parents=True)
     shutil.copy(server.folder / "up.npy", own / "tests")
@@ -207,8 +208,8 @@ def test_another_network_under_the_name_is_told(category, server, tmp_path):
 
 
 @pytest.mark.parametrize("category", ["cars", "faces", "cats"])
-def test_without_files_and_network_one_message_says_it_all(category, tmp_path, monkeypatch, capsys):
-    nowhere = "http://127.0.0.1:9/"  # nobody listens there
+def test_without_files_and_network_one_message_lists_all(category, tmp_path, monkeypatch, capsys):
+    nowhere = "http://127.0.0.1:9/"  # no server listens there
     files = registry.CATEGORY_FILES[category]
     offline = tuple(
         WeightFile(f.name, nowhere + f.name, f.megabytes, f.licence, f.role, f.network, by_hand=f.by_hand)
@@ -234,7 +235,7 @@ def test_the_registry_is_complete():
     assert [file.name for file in registry.CATEGORY_FILES["faces"] if file.by_hand] == ["79999_iter.pth"]
 
 
-def test_a_file_as_distributed_is_made_ready_once(tmp_path):
+def test_a_file_as_distributed_is_converted_once(tmp_path):
     said: list[str] = []
     folder = get.ready(GOLDEN / NAME, "generator", tmp_path, notify=said.append)
     assert get.ready(GOLDEN / NAME, "generator", tmp_path, notify=said.append) == folder
@@ -242,3 +243,82 @@ def test_a_file_as_distributed_is_made_ready_once(tmp_path):
     assert get.ready(folder, "generator", tmp_path) == folder
     with pytest.raises(UserError, match="no e4e encoder"):
         get.ready(GOLDEN / NAME, "e4e", tmp_path)
+
+
+def test_a_converted_network_is_found_by_samjax_alone(category, tmp_path):
+    with pytest.raises(UserError, match="the generator of the category tests is not there: fetch it with"):
+        registry.find_converted(category, "generator", tmp_path / "cache")
+    found, _ = fetch(category, tmp_path / "cache")
+    assert registry.find_converted(category, "generator", tmp_path / "cache") == found["generator"]
+    assert registry.converted(category, "generator", tmp_path / "cache") == found["generator"]
+    assert registry.find_edits(category, None, tmp_path / "cache") == found["edits"]
+
+
+def test_segmenters_are_kept_by_their_own_name(tmp_path):
+    assert registry.converted("cars", "segmenter", tmp_path) == tmp_path / "converted" / "ade20k"
+    assert registry.converted("cars", "encoder", tmp_path) == tmp_path / "converted" / "cars_encoder"
+
+
+# --- preparing options ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SAMJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_options_that_need_no_files_stay_as_they_are(cache):
+    assert get.prepare(Options()) == Options()
+    assert not cache.exists()
+
+
+def test_files_as_distributed_are_replaced_by_converted_ones(cache):
+    said: list[str] = []
+    options = get.prepare(Options(gan_weights=GOLDEN / NAME, seed=3), notify=said.append)
+    assert options.gan_weights is not None
+    assert options.gan_weights.parent == cache / "converted"
+    assert checkpoints.load_generator(options.gan_weights).config.img_resolution == 64
+    assert options == Options(gan_weights=options.gan_weights, seed=3)
+    assert get.prepare(options, notify=said.append) == options
+    assert said == [f"converting {NAME}"]
+
+
+def test_networks_of_a_category_are_converted_into_the_cache(cache, tmp_path, monkeypatch):
+    files = (
+        WeightFile(NAME, "", 0.7, "free", "generator", "generator"),
+        WeightFile("up.npy", "", 0.001, "free", "edits"),
+    )
+    monkeypatch.setattr(registry, "CATEGORY_FILES", {"cars": files})
+    own = tmp_path / "own"
+    (own / "edits" / "cars").mkdir(parents=True)
+    options = Options("cars", own, start="mean", invertibility="measured", segmenter="slic")
+    with pytest.raises(UserError, match="a file of the category cars cannot be found"):
+        get.prepare(options)
+    shutil.copy(GOLDEN / NAME, own)
+    np.save(own / "edits" / "cars" / "up.npy", np.zeros((1, 10, 32), np.float32))
+    found = get.prepare(options, notify=lambda _: None)
+    assert found.edits_folder == own / "edits" / "cars"
+    assert checkpoints.load_generator(registry.find_converted("cars", "generator")).config.img_resolution == 64
+    assert get.prepare(Options("cars", own, start="mean", invertibility="measured", edits_folder=own), segmenter=False,
+                       notify=lambda _: None).edits_folder == own  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "segmenter", "message"),
+    [
+        (Options("faces"), False, "3 files of the category faces cannot be found"),
+        (Options("faces"), True, "4 files of the category faces cannot be found"),
+        (Options("faces", segmenter="slic"), True, "3 files of the category faces cannot be found"),
+        (Options(segmenter="mask_rcnn"), True, "a file of the category cats cannot be found"),
+        (Options("custom"), True, "custom needs --gan_weights"),
+        (Options(gan_weights=GOLDEN / NAME, start="encoder"), True, "--start encoder needs --e4e_path"),
+        (Options(gan_weights=GOLDEN / NAME, invertibility="predicted"), True, "needs --inv_model_path"),
+        (Options("cars", gan_weights=GOLDEN / NAME), True, "makes 64 px images, the category cars has 512 px"),
+        (Options(gan_weights=Path("none.pkl")), True, r"none\.pkl does not exist"),
+        (Options("cats", weights=Path("none")), True, "none is not a directory: give --weights"),
+    ],
+)
+def test_options_that_cannot_be_prepared(options, segmenter, message, cache):
+    with pytest.raises(UserError, match=message):
+        get.prepare(options, segmenter=segmenter, notify=lambda _: None)

@@ -2,21 +2,34 @@
 
 import dataclasses
 import json
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from golden_weights import golden_generator, load_fill, seeded, seeded_latents
-from tiny import TINY, random_lpips, tiny_generator
 
-from samjax import inversion, latents, losses, maps
+from samjax import driver, inversion, latents, layer_selection, losses
+from samjax.batching import take
 from samjax.config import InversionConfig
-from samjax.inversion import DivergedError, Items, Networks, take
+from samjax.driver import DivergedError
+from samjax.inversion import Items, Networks
 from samjax.io.weights import load_lpips
-from samjax.nets import stylegan2
-from samjax.nets.stylegan2 import StyleGAN2Config
+from samjax.testing import TINY, tiny_networks
+
+
+class Result(NamedTuple):
+    latents: dict[str, Any]
+    terms: inversion.Terms
+
+
+def run(*args: Any, **options: Any) -> Result:
+    """`driver.run`, its two results by name."""
+    return Result(*driver.run(*args, **options))
+
 
 # --- the reference case ---
 
@@ -44,7 +57,7 @@ def reference(golden):
     config, params = golden_generator(case)
     layers = latents.latent_layers(config)
     networks = Networks(params, load_lpips("vgg"), losses.fit_prior(torch_styles(case)))
-    masks = maps.stack_masks(4 - case["refined_0.45"][None], layers)
+    masks = layer_selection.stack_masks(4 - case["refined_0.45"][None], layers)
     target = (case["image"].astype(np.float32) / 127.5 - 1).transpose(0, 2, 3, 1)
     items = Items(target, masks, latents.init_latents(layers, case["wp"]), np.zeros(1, int))
     return config, networks, items, InversionConfig(25, lambda_mvg=1e-10, noise="const")
@@ -58,8 +71,8 @@ def test_reference_gradients(golden, reference):
     program, hyper = inversion.structure(config, settings), inversion.hyperparameters(settings)
     state = inversion.init(items)._replace(latents=seeded_latents(config, np.array(items.start["W+"])))
     # One step; its first moment is 0.1 of the gradient.
-    batch = inversion.prepare(program, networks, items)
-    state, terms = inversion.run_chunk(program, networks, batch, hyper._replace(num_opt_steps=jnp.asarray(1)), state)
+    prepared = inversion.prepare(program, networks, items)
+    state, terms = inversion.run_chunk(program, networks, prepared, hyper._replace(num_opt_steps=jnp.asarray(1)), state)
     # The terms are of order 1; 2e-5 of the prior's comes from float32 whitening.
     found = [float(term[0, 0]) for term in terms[:5]]
     np.testing.assert_allclose(found, expected["terms"], rtol=1e-4)
@@ -78,7 +91,7 @@ def test_reference_gradients(golden, reference):
 def test_reference_trajectory(golden, reference):
     config, networks, items, settings = reference
     expected = golden("sam_A")["trajectory"][:, :5]
-    result = inversion.run(config, networks, items, settings)
+    result = run(config, networks, items, settings)
     found = np.stack([term[:, 0] for term in result.terms[:5]], axis=1)
     # Adam's first updates are the signs of the gradient, so an entry whose gradient is rounding error moves either
     # way, and errors grow tenfold a step. The authors' own code, run again on another machine, is 1e-4 off at step 4,
@@ -95,7 +108,7 @@ def test_reference_trajectory(golden, reference):
     assert np.corrcoef(moved.ravel(), reference_moved.ravel())[0, 1] > 0.9
     sums = np.asarray(result.latents["F6"])[0].sum(-1)
     assert np.corrcoef(sums.ravel(), golden("sam_A")["final_F6_sum"].ravel())[0, 1] > 0.9
-    image = inversion.render(config, networks.generator, result.latents, items.masks)
+    image = driver.render(config, networks.generator, result.latents, items.masks)
     target_image = golden("sam_A")["final_rec"].transpose(0, 2, 3, 1)
     assert np.corrcoef(image.ravel(), target_image.ravel())[0, 1] > 0.95
 
@@ -108,9 +121,7 @@ QUICK = InversionConfig(8, lpips_type="alex", lambda_mvg=1e-4, batch_size=2, chu
 
 @pytest.fixture(scope="module")
 def tiny():
-    params = tiny_generator()
-    prior = losses.generator_prior(TINY, params, key=jax.random.key(1), samples=100)
-    return Networks(params, random_lpips("alex"), prior)
+    return tiny_networks()
 
 
 def tiny_items(count: int, seed: int = 0) -> Items:
@@ -133,8 +144,8 @@ def assert_same(one, other, rtol=0.0):
 
 def test_an_items_latents_do_not_depend_on_its_neighbours(tiny):
     first, second, third = (tiny_items(1, seed) for seed in (0, 1, 2))
-    with_second = inversion.run(TINY, tiny, join(first, second), QUICK)
-    with_third = inversion.run(TINY, tiny, join(first, third), QUICK)
+    with_second = run(TINY, tiny, join(first, second), QUICK)
+    with_third = run(TINY, tiny, join(first, third), QUICK)
     assert_same(take(with_second.latents, [0]), take(with_third.latents, [0]))  # the same program: the same bits
     assert not np.allclose(with_second.latents["W+"][1], with_third.latents["W+"][1], atol=1e-3)
 
@@ -143,9 +154,9 @@ def test_alone_and_in_a_batch_agree(tiny):
     items = tiny_items(2)
     # Few steps: rounding may turn the sign of an entry's first Adam updates (see the reference trajectory).
     few = dataclasses.replace(QUICK, num_opt_steps=3)
-    together = inversion.run(TINY, tiny, items, few)
+    together = run(TINY, tiny, items, few)
     for i in range(2):
-        alone = inversion.run(TINY, tiny, take(items, [i]), dataclasses.replace(few, batch_size=1))
+        alone = run(TINY, tiny, take(items, [i]), dataclasses.replace(few, batch_size=1))
         assert_same(take(together.latents, [i]), alone.latents, rtol=1e-3)
         np.testing.assert_allclose(together.terms.total[:, i], alone.terms.total[:, 0], rtol=1e-3)
 
@@ -153,11 +164,11 @@ def test_alone_and_in_a_batch_agree(tiny):
 def test_incomplete_batches_are_filled_and_the_filling_dropped(tiny):
     items = tiny_items(3)
     seen = []
-    result = inversion.run(TINY, tiny, items, QUICK, on_progress=seen.append)
+    result = run(TINY, tiny, items, QUICK, on_progress=seen.append)
     assert result.latents["W+"].shape == (3, TINY.num_ws, 8)
     assert result.terms.total.shape == (8, 3)
     assert np.isfinite(result.terms.total).all()
-    pair = inversion.run(TINY, tiny, take(items, [2, 0]), QUICK)
+    pair = run(TINY, tiny, take(items, [2, 0]), QUICK)
     assert_same(take(result.latents, [2]), take(pair.latents, [0]))
     assert [(p.group, p.groups, p.step, p.num_steps) for p in seen] == [(0, 2, 4, 8), (0, 2, 8, 8), (1, 2, 4, 8),
                                                                        (1, 2, 8, 8)]  # fmt: skip
@@ -166,9 +177,10 @@ def test_incomplete_batches_are_filled_and_the_filling_dropped(tiny):
     assert seen[-1].seconds_left == 0
 
 
-def test_another_image_threshold_or_setting_compiles_nothing(tiny):
-    inversion.run(TINY, tiny, tiny_items(2), QUICK)
-    before = inversion.run_chunk._cache_size()
+def test_another_image_threshold_or_setting_compiles_nothing(tiny, monkeypatch):
+    inversion.run_chunk.clear_cache()
+    monkeypatch.setattr(inversion, "step", chex.assert_max_traces(inversion.step, n=1))
+    run(TINY, tiny, tiny_items(2), QUICK)
     other = dataclasses.replace(
         QUICK,
         num_opt_steps=3,
@@ -179,9 +191,10 @@ def test_another_image_threshold_or_setting_compiles_nothing(tiny):
         lambda_mvg=0.0,
         lambda_f_rec=0.0,
     )
-    inversion.run(TINY, tiny, tiny_items(3, seed=5), other)
-    inversion.run(TINY, tiny._replace(prior=losses.fit_prior(np.eye(8))), tiny_items(1, seed=6), QUICK)
-    assert inversion.run_chunk._cache_size() == before
+    run(TINY, tiny, tiny_items(3, seed=5), other)
+    run(TINY, tiny._replace(prior=losses.fit_prior(np.eye(8))), tiny_items(1, seed=6), QUICK)
+    assert inversion.run_chunk._cache_size() == 1
+    inversion.run_chunk.clear_cache()  # what was traced through the counting step
 
 
 def test_a_zero_mask_stops_every_gradient_and_an_active_latent_gets_one(tiny):
@@ -201,13 +214,13 @@ def test_a_zero_mask_stops_every_gradient_and_an_active_latent_gets_one(tiny):
 def test_steps_are_those_of_pytorchs_adam(tiny):
     items = tiny_items(2)
     program, hyper = inversion.structure(TINY, QUICK), inversion.hyperparameters(QUICK)
-    batch = inversion.prepare(program, tiny, items)
+    prepared = inversion.prepare(program, tiny, items)
     keys = jax.vmap(jax.random.key)(jnp.asarray(items.seeds, jnp.uint32))
 
     @jax.jit
     def gradients(found, step):
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        terms = lambda x: inversion.loss_terms(program, tiny, batch, hyper, x, step_keys)  # noqa: E731
+        terms = lambda x: inversion.loss_terms(program, tiny, prepared, hyper, x, step_keys)  # noqa: E731
         return jax.grad(lambda x: terms(x).total.sum())(found)
 
     theirs = {name: torch.tensor(np.array(value), requires_grad=True) for name, value in items.start.items()}
@@ -219,7 +232,7 @@ def test_steps_are_those_of_pytorchs_adam(tiny):
         t = i / 8
         adam.param_groups[0]["lr"] = 0.05 * (0.5 - 0.5 * np.cos(np.pi * min(1, (1 - t) / 0.25))) * min(1, t / 0.05)
         adam.step()
-    state, terms = inversion.run_chunk(program, tiny, batch, hyper, inversion.init(items))
+    state, terms = inversion.run_chunk(program, tiny, prepared, hyper, inversion.init(items))
     assert int(state.step) == 4
     assert terms.total.shape == (4, 2)
     for name, value in theirs.items():
@@ -232,13 +245,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny):
     items = tiny_items(2)
     seen = []
     keep = lambda p: seen.append(jax.tree.map(np.array, p.state))  # noqa: E731
-    whole = inversion.run(TINY, tiny, items, QUICK, on_progress=keep)
+    whole = run(TINY, tiny, items, QUICK, on_progress=keep)
     assert [int(state.step) for state in seen] == [4, 8]
-    rest = inversion.run(TINY, tiny, items, QUICK, states={0: seen[0]})
+    rest = run(TINY, tiny, items, QUICK, states={0: seen[0]})
     assert_same(rest.latents, whole.latents)
     np.testing.assert_array_equal(rest.terms.total[4:], whole.terms.total[4:])
     assert np.isnan(rest.terms.total[:4]).all()
-    done = inversion.run(TINY, tiny, items, QUICK, states={0: seen[1]})
+    done = run(TINY, tiny, items, QUICK, states={0: seen[1]})
     assert_same(done.latents, whole.latents)
 
 
@@ -246,11 +259,11 @@ def test_steps_beyond_the_end_do_nothing(tiny):
     short = dataclasses.replace(QUICK, num_opt_steps=3)
     items = tiny_items(2)
     program, hyper = inversion.structure(TINY, short), inversion.hyperparameters(short)
-    batch = inversion.prepare(program, tiny, items)
-    state, terms = inversion.run_chunk(program, tiny, batch, hyper, inversion.init(items))
+    prepared = inversion.prepare(program, tiny, items)
+    state, terms = inversion.run_chunk(program, tiny, prepared, hyper, inversion.init(items))
     assert int(state.step) == 3
     np.testing.assert_array_equal(np.isnan(terms.total), [[False] * 2] * 3 + [[True] * 2])
-    again, terms = inversion.run_chunk(program, tiny, batch, hyper, jax.tree.map(jnp.copy, state))
+    again, terms = inversion.run_chunk(program, tiny, prepared, hyper, jax.tree.map(jnp.copy, state))
     assert_same(again, state)
     assert np.isnan(terms.total).all()
 
@@ -258,14 +271,14 @@ def test_steps_beyond_the_end_do_nothing(tiny):
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_latents(tiny):
     items = tiny_items(3)
     with pytest.raises(DivergedError, match=r"no longer finite at step \d.*lower learning rate") as caught:
-        inversion.run(TINY, tiny, items, dataclasses.replace(QUICK, lr=1e30))
+        run(TINY, tiny, items, dataclasses.replace(QUICK, lr=1e30))
     assert 0 < caught.value.step < 8
     assert caught.value.items == (0, 1)
     assert_same(caught.value.latents, {name: value[:2] for name, value in items.start.items()})
     # A bad target: its own item is named, at once.
     items.targets[2, 0, 0, 0] = np.nan
     with pytest.raises(DivergedError, match=r"step 0 .item 2.") as caught:
-        inversion.run(TINY, tiny, items, QUICK)
+        run(TINY, tiny, items, QUICK)
     assert np.isfinite(caught.value.latents["W+"]).all()
 
 
@@ -275,18 +288,18 @@ def test_latents_that_overflow_in_the_very_last_step_are_seen(tiny):
         QUICK, num_opt_steps=4, lr=float("inf"), lr_rampup_length=0.99, lr_rampdown_length=1e-9
     )
     with pytest.raises(DivergedError):
-        inversion.run(TINY, tiny, tiny_items(2), config)
+        run(TINY, tiny, tiny_items(2), config)
 
 
 def test_an_image_of_the_generator_is_found_again(tiny):
     ws = jax.random.normal(jax.random.key(3), (2, 8))
     start = latents.init_latents(LAYERS, ws + 0.3)
     target = np.clip(
-        inversion.render(TINY, tiny.generator, {"W+": latents.init_latents(LAYERS, ws)["W+"]}, {}, batch_size=2), -1, 1
+        driver.render(TINY, tiny.generator, {"W+": latents.init_latents(LAYERS, ws)["W+"]}, {}, batch_size=2), -1, 1
     )
     items = Items(target, {"F4": jnp.zeros((2, 16, 16, 1))}, start, np.arange(2))
     config = dataclasses.replace(QUICK, num_opt_steps=60, lambda_lpips=1e-3, lambda_delta=0.0, lambda_mvg=0.0)
-    terms = inversion.run(TINY, tiny, items, config).terms
+    terms = run(TINY, tiny, items, config).terms
     assert np.all(terms.mse[-1] < 0.5 * terms.mse[0])
 
 
@@ -294,8 +307,8 @@ def test_letterboxed_targets_without_the_perceptual_term(tiny):
     items = tiny_items(2)
     items = items._replace(targets=items.targets[:, 4:-4])
     config = dataclasses.replace(QUICK, lambda_lpips=0.0, noise="const", num_opt_steps=1)
-    terms = inversion.run(TINY, tiny._replace(lpips={}), items, config).terms
-    image = inversion.render(TINY, tiny.generator, items.start, items.masks, batch_size=2)
+    terms = run(TINY, tiny._replace(lpips={}), items, config).terms
+    image = driver.render(TINY, tiny.generator, items.start, items.masks, batch_size=2)
     expected = np.mean((np.clip(image, -1, 1)[:, 4:-4] - items.targets) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(terms.mse[0], expected, rtol=1e-5)
     assert not terms.lpips.any()
@@ -310,38 +323,12 @@ def test_shapes_that_do_not_belong_together_are_refused(tiny):
         items._replace(targets=items.targets[..., :1]),
     ):
         with pytest.raises(ValueError, match=r"targets|masks"):
-            inversion.run(TINY, tiny, bad, QUICK)
-
-
-def test_start_at_the_mean_or_at_the_closest_sample(tiny):
-    samples = 6
-    z = jax.random.normal(jax.random.fold_in(jax.random.key(4), 0), (4, 8))
-    ws = jax.jit(stylegan2.map_z, static_argnums=0)(TINY, tiny.generator, z)
-    ws = tiny.prior.mean_w + 0.5 * (ws - tiny.prior.mean_w)
-    targets = np.clip(inversion.render(TINY, tiny.generator, {"W+": ws[2:4]}, {}, batch_size=2), -1, 1)
-    mean = inversion.start_latents(TINY, tiny, targets, QUICK)
-    np.testing.assert_array_equal(mean, np.broadcast_to(tiny.prior.mean_w, (2, TINY.num_ws, 8)))
-    best = inversion.start_latents(
-        TINY,
-        tiny,
-        targets,
-        QUICK,
-        kind="best",
-        samples=samples,
-        truncation_psi=0.5,
-        key=jax.random.key(4),
-        batch_size=4,
-    )
-    np.testing.assert_allclose(best, ws[2:4], atol=1e-5)
-    with pytest.raises(ValueError, match="key"):
-        inversion.start_latents(TINY, tiny, targets, QUICK, kind="best")
-    with pytest.raises(ValueError, match="'encoder'"):
-        inversion.start_latents(TINY, tiny, targets, QUICK, kind="encoder")  # type: ignore[arg-type]
+            run(TINY, tiny, bad, QUICK)
 
 
 def test_progress_bar_shows_terms(tiny, capsys):
-    with inversion.progress_bar("cars", ascii=True, mininterval=0) as bar:
-        inversion.run(TINY, tiny, tiny_items(3), QUICK, on_progress=bar)
+    with driver.progress_bar("cars", ascii=True, mininterval=0) as bar:
+        run(TINY, tiny, tiny_items(3), QUICK, on_progress=bar)
     shown = capsys.readouterr().err
     assert "cars: 100%" in shown
     assert "16/16" in shown
@@ -350,8 +337,8 @@ def test_progress_bar_shows_terms(tiny, capsys):
 
 def test_half_precision_takes_nearly_the_same_course(tiny):
     items, config = tiny_items(2), dataclasses.replace(QUICK, num_opt_steps=12)
-    full = inversion.run(TINY, tiny, items, config)
-    half = inversion.run(TINY, tiny, items, dataclasses.replace(config, precision="bfloat16"))
+    full = run(TINY, tiny, items, config)
+    half = run(TINY, tiny, items, dataclasses.replace(config, precision="bfloat16"))
     assert all(x.dtype == jnp.float32 for x in half.latents.values())
     assert not np.array_equal(half.terms.total, full.terms.total)
     # The loss before any step differs by bfloat16's rounding, that at the end by little of what was gained.
@@ -361,20 +348,23 @@ def test_half_precision_takes_nearly_the_same_course(tiny):
     assert np.all(np.abs(half.terms.total[-1] - full.terms.total[-1]) < 0.1 * gained)
 
 
-def test_what_fits_is_optimised_at_once(monkeypatch):
-    assert inversion.default_batch_size(TINY) == 1, "on a CPU"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_batches_are_no_larger_than_needed():
+    for size, count, expected in [(8, 1, 1), (8, 11, 6), (16, 11, 11), (4, 8, 4), (1, 5, 1)]:
+        assert driver.even_batches(InversionConfig(batch_size=size), count).batch_size == expected
 
-    class Device:
-        def __init__(self, memory):
-            self.memory_stats = lambda: memory and {"bytes_limit": memory}
 
-    for memory, resolution, most, expected in (
-        (None, 1024, 8, 8),
-        (80e9, 1024, 16, 16),
-        (12e9, 256, 8, 8),
-        (12e9, 1024, 8, 3),  # a free notebook's card, three quarters of its 16 GB
-        (1e9, 1024, 8, 1),
-    ):
-        monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])
-        assert inversion.default_batch_size(StyleGAN2Config(resolution), most) == expected
+def test_a_run_may_begin_at_other_latents(tiny):
+    """Offsets stay penalized from where the items start."""
+    items = tiny_items(3)
+    begin = {name: np.asarray(value) + 0.5 for name, value in items.start.items()}
+    config = dataclasses.replace(QUICK, num_opt_steps=1, lambda_f_rec=2.0)
+    states = driver.starting_states(items, begin, config)
+    assert sorted(states) == [0, 1]
+    terms = run(TINY, tiny, items, config, states=states).terms
+    np.testing.assert_allclose(terms.f_rec[0], 2.0 * 0.25, rtol=1e-5)
+
+
+def test_progress_tells_which_items_run(tiny):
+    seen = []
+    run(TINY, tiny, tiny_items(3), QUICK, on_progress=lambda p: seen.append((p.items.tolist(), p.masks["F4"].shape)))
+    assert seen == [([0, 1], (2, 16, 16, 1))] * 2 + [([2, 2], (2, 16, 16, 1))] * 2

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import golden_generator, seeded_latents
-from tiny import TINY, tiny_generator
 
-from samjax import latents, maps
+from samjax import latents, layer_selection
 from samjax.errors import UserError
+from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
+from samjax.testing import TINY, tiny_generator
 
 synthesize = jax.jit(latents.synthesize_latents, static_argnums=0, static_argnames="noise")
 
@@ -53,6 +54,10 @@ def test_names_are_read_ordered_and_checked():
         latents.parse_latent_names("W+,F6", TINY)
 
 
+def test_a_predictor_knows_the_same_layers():
+    assert PredictorConfig().latent_names == latents.LATENT_NAMES
+
+
 def test_start_is_the_style_and_no_offset():
     layers = latents.latent_layers(TINY)
     start = latents.init_latents(layers, jnp.arange(16.0).reshape(2, 8))
@@ -77,8 +82,8 @@ def test_forms_the_reference_image(golden):
     config, params = golden_generator(case)
     layers = latents.latent_layers(config)
     error_maps = np.stack([case[f"inv_{layer.name}"][0, 0] for layer in layers])
-    layer_map = maps.assign_layers(error_maps, case["segments"], 0.45).layer_maps
-    masks = {name: jnp.asarray(mask) for name, mask in maps.stack_masks(layer_map, layers).items()}
+    layer_map = layer_selection.assign_layers(error_maps, case["segments"], 0.45).layer_maps
+    masks = {name: jnp.asarray(mask) for name, mask in layer_selection.stack_masks(layer_map, layers).items()}
     image = synthesize(config, params, seeded_latents(config, case["wp"]), masks).image
     expected = case["formed"].transpose(0, 2, 3, 1)
     # float32 through 14 layers, summed in another order; 1e-6 of the spread was seen.

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from golden_weights import golden_generator
-from tiny import tiny_generator
 
 from samjax import losses
 from samjax.errors import UserError
 from samjax.nets import stylegan2
+from samjax.testing import tiny_generator
 
 
 @pytest.fixture(scope="module")

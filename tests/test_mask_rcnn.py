@@ -1,7 +1,7 @@
-"""Mask R-CNN against the reference's numbers, its operations against plain loops, its files, and any canvas.
+"""Mask R-CNN against the reference's numbers, its operations against plain loops, its files, and canvas sizes.
 
-The golden case holds its picture as it was before it was enlarged to 320 px; every 8th channel of the pyramid, p2 and
-p3 averaged over 2 x 2; and Detectron2's results for the rest.
+The golden case has the image before it is enlarged to 320 px, every 8th channel of the pyramid (p2 and p3 averaged over
+2 x 2), and Detectron2's results of all other stages.
 """
 
 import functools
@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,17 +28,21 @@ from samjax.io import checkpoints, pickles
 from samjax.nets import mask_rcnn
 from samjax.nets.mask_rcnn import Detections, MaskRCNNConfig
 
-TOLERANCE = 1e-4  # of an array's spread: what float32 sums in another order allow
+TOLERANCE = 1e-4  # relative to an array's spread; float32 sums in another order stay below it
 SMALL = MaskRCNNConfig(
     num_classes=5, features=4, blocks=(1, 2, 1, 1), channels=8, hidden=16, proposals=60, detections=40
 )
-SCALES = {"stem_conv": 0.01, "fpn": 0.3, "anchor_deltas": 0.2}  # of a random network's layers: things are found
-FOUND = 10  # at least, for a comparison of detections to say anything
+SCALES = {
+    "stem_conv": 0.01,
+    "fpn": 0.3,
+    "anchor_deltas": 0.2,
+}  # of random layers, so that objects are found
+MIN_FOUND = 10  # objects that a comparison of detections needs
 State = dict[str, PickledArray]
 
 
 def stored(array: np.ndarray) -> PickledArray:
-    """`array` as our reader of pickles gives it."""
+    """`array` as read from a pickle."""
     result = PickledArray()
     result.__setstate__((1, array.shape, PickledDtype(array.dtype.str[1:]), False, array.tobytes()))
     return result
@@ -49,7 +54,7 @@ def tree(config: MaskRCNNConfig) -> dict[str, Any]:
 
 
 def convert(*objects: Any) -> tuple[MaskRCNNConfig, dict[str, np.ndarray]]:
-    """Config and our flat variables from what files hold."""
+    """Config and flat variables from the contents of files."""
     stored = NETWORK.find(objects)
     assert stored is not None
     config = NETWORK.config(stored)
@@ -62,7 +67,7 @@ def convert(*objects: Any) -> tuple[MaskRCNNConfig, dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def published(golden) -> State:
-    """The case's weights as the published file has them; the rule leaves out what the network computes."""
+    """The weights of the golden case in the layout of the published file, without constants that we compute."""
     case, fill = golden("maskrcnn_A"), load_fill().maskrcnn
     filled = {name: fill(name, tuple(shape), str(case["salt"])) for name, shape in json.loads(str(case["weights"]))}
     return {name: stored(array) for name, array in filled.items() if array is not None}
@@ -86,13 +91,13 @@ class Stages(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stages(golden, converted) -> Stages:
-    """All stages on the case's picture, compiled together: what `detect` does again is computed once."""
+    """All stages on the image of the golden case, compiled together so that `detect` shares their results."""
     case, (config, flat) = golden("maskrcnn_A"), converted
     height, width = case["image"].shape[1:]
 
     @jax.jit
-    def run(variables, picture, boxes, classes):
-        image = jax.image.resize(picture, (320, 320, 3), "bilinear")
+    def run(variables, small_image, boxes, classes):
+        image = jax.image.resize(small_image, (320, 320, 3), "bilinear")
         pyramid = mask_rcnn.features(variables, image, config)
         outputs = mask_rcnn.rpn(variables, pyramid, config)
         found = mask_rcnn.detect(variables, image, config, output_size=(height, width))
@@ -107,8 +112,8 @@ def stages(golden, converted) -> Stages:
             mask_rcnn.paint(found, height, width),
         )
 
-    picture = case["image"].transpose(1, 2, 0).astype(np.float32)
-    result = run(checkpoints.unflatten(flat), picture, case["boxes"], case["classes"].astype(np.int32))
+    image = case["image"].transpose(1, 2, 0).astype(np.float32)
+    result = run(checkpoints.unflatten(flat), image, case["boxes"], case["classes"].astype(np.int32))
     return jax.tree.map(np.asarray, result)
 
 
@@ -137,7 +142,7 @@ def test_proposals_match_reference(golden, stages):
     assert ours.valid.sum() == case["n_proposals"]
     assert np.all(np.diff(ours.scores[ours.valid]) <= 0)
     assert close(ours.scores[:20], case["objectness_top20"])
-    # Boxes are exponentials of deltas, themselves sums of thousands of terms: 4e-5 of the picture's side was seen.
+    # Boxes are exponentials of deltas, which sum thousands of terms; they differ by 4e-5 of the side of the image.
     assert np.abs(ours.boxes[:20] - case["proposals_top20"]).max() < 2e-4 * 320
 
 
@@ -153,7 +158,7 @@ def test_mask_head_matches_reference(golden, stages):
 
 
 def test_detections_match_reference(golden, stages):
-    """Each of the reference's is among ours. An empty box takes the place of one more there; see `detect`."""
+    """All detections of the reference are found. There, an empty box displaces one more; see `detect`."""
     case, ours = golden("maskrcnn_A"), stages.detections
     assert ours.valid.sum() in (case["n_instances"], case["n_instances"] + 1)
     taken = set()
@@ -161,16 +166,16 @@ def test_detections_match_reference(golden, stages):
         away = np.abs(ours.boxes - box).max(1) + np.where(ours.valid & (ours.classes == label), 0, np.inf)
         best = int(away.argmin())
         assert away[best] < 2e-4 * 256  # as for proposals
-        assert abs(ours.scores[best] - score) < 2e-3  # 4e-4 were seen, of boxes that lie elsewhere by as much as above
+        assert abs(ours.scores[best] - score) < 2e-3  # 4e-4 was observed, for boxes that differ as above
         taken.add(best)
     assert len(taken) == case["n_instances"]
     assert np.all(np.diff(ours.scores) <= 0)
-    assert max(taken) < len(taken)  # what is ours alone comes last
+    assert max(taken) < len(taken)  # the additional one comes last
 
 
 def test_labels_match_reference(golden, stages):
     assert stages.labels.dtype == np.int32
-    # 99.99% were seen; the edge of one thing, or the order of two that are equally sure, is a matter of rounding.
+    # 99.99% was observed; rounding decides at the edge of an object and between two of equal score.
     assert np.mean(stages.labels == golden("maskrcnn_A")["labels"]) >= 0.99
 
 
@@ -178,12 +183,12 @@ def test_labels_match_reference(golden, stages):
 
 
 def test_cell_anchors():
-    """Known figures, among them sqrt(1/2) times a side."""
+    """Known values, among them sqrt(1/2) times a side."""
     np.testing.assert_allclose(
         mask_rcnn.cell_anchors("p2"), [[-22.6274, -11.3137, 22.6274, 11.3137], [-16, -16, 16, 16],
                                        [-11.3137, -22.6274, 11.3137, 22.6274]], atol=1e-4,
     )  # fmt: skip
-    # Three for each cell in turn, along the rows: the 8th is the second of the third cell, in a row of two.
+    # Three for each cell, row by row: index 7 is the second anchor of the third cell, in a row of two.
     found = mask_rcnn.anchors("p6", jnp.array([1, 4, 7]), 2)
     np.testing.assert_array_equal(found, [[-256, -256, 256, 256], [-192, -256, 320, 256], [-256, -192, 256, 320]])
 
@@ -194,13 +199,13 @@ def test_decode_moves_and_scales_boxes():
         ((0, 0, 0, 0), (10, 20, 30, 60)),
         ((0.5, -0.25, 0, 0), (20, 10, 40, 50)),
         ((0, 0, math.log(2), math.log(0.5)), (0, 30, 40, 50)),
-        ((0, 0, 50, 0), (20 - 625, 20, 20 + 625, 60)),  # no more than 62.5 times as wide
+        ((0, 0, 50, 0), (20 - 625, 20, 20 + 625, 60)),  # at most 62.5 times as wide
     ):
         np.testing.assert_allclose(mask_rcnn.decode(box, jnp.array(deltas, jnp.float32)), expected, rtol=1e-5)
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union; 0 for boxes without area, which overlap nothing."""
+    """Intersection over union; 0 for empty boxes."""
     sides = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
     area = sides[0] * sides[1]
     whole = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - area
@@ -209,7 +214,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_suppression_is_greedy(seed):
-    """Coarse figures, so that scores are equal and overlaps exactly at the threshold; empty boxes are among them."""
+    """On coarse values, with equal scores, overlaps exactly at the threshold, and empty boxes."""
     rng = np.random.default_rng(seed)
     low = rng.integers(0, 6, (120, 2))
     boxes = np.concatenate([low, low + rng.integers(0, 6, (120, 2))], axis=1).astype(np.float32)
@@ -231,7 +236,7 @@ def test_suppression_is_greedy(seed):
 
 
 def roi_align(feature: np.ndarray, box: np.ndarray, stride: int, cells: int) -> np.ndarray:
-    """ROIAlign as it is defined: every bilinear sample on its own, in float64."""
+    """ROIAlign by its definition, one bilinear sample at a time, in float64."""
     height, width = feature.shape[:2]
     x0, y0, x1, y1 = box.astype(np.float64) / stride - 0.5
     counts = [math.ceil(side / cells) for side in (y1 - y0, x1 - x0)]
@@ -248,7 +253,7 @@ def roi_align(feature: np.ndarray, box: np.ndarray, stride: int, cells: int) -> 
     return result / max(np.prod(counts), 1)
 
 
-BOXES = {  # level, and a box for it; sides that are multiples of 7 cells must have that many samples and no more
+BOXES = {  # level and box; a side of 7 n cells must have exactly n samples per part
     "tiny": ("p2", (3.2, 5.1, 3.9, 6.3)),
     "corner": ("p2", (500.0, 700.0, 512.0, 704.0)),
     "21 cells": ("p2", (0.0, 0.0, 84.0, 84.0)),
@@ -260,15 +265,15 @@ BOXES = {  # level, and a box for it; sides that are multiples of 7 cells must h
     "tall of p3": ("p3", (200.0, 0.0, 250.0, 704.0)),
     "largest of p3": ("p3", (77.7, 300.3, 301.6, 524.2)),
     "p4": ("p4", (40.0, 50.0, 400.0, 290.0)),
-    "whole picture": ("p5", (0.0, 0.0, 512.0, 704.0)),
+    "whole image": ("p5", (0.0, 0.0, 512.0, 704.0)),
     "empty": ("p2", (512.0, 10.0, 512.0, 80.0)),
 }
 
 
 def test_pooling_matches_its_definition():
-    """Also in a larger canvas, where other features lie beyond the picture."""
+    """Also in a larger canvas, with other features beyond the image."""
     rng = np.random.default_rng(0)
-    # The picture has 690 x 500 pixels, which are filled up to 704 x 512.
+    # The image has 690 x 500 pixels, padded to 704 x 512.
     levels = {n: rng.standard_normal((704 // s, 512 // s, 2)).astype(np.float32) for n, s in mask_rcnn.STRIDES.items()}
     beyond = {n: rng.standard_normal((768 // s, 640 // s, 2)).astype(np.float32) for n, s in mask_rcnn.STRIDES.items()}
     for name, x in levels.items():
@@ -279,17 +284,17 @@ def test_pooling_matches_its_definition():
         ours, larger = call(levels, boxes, cells), call(beyond, boxes, cells, (690, 500))
         for i, (name, (level, _)) in enumerate(BOXES.items()):
             expected = roi_align(levels[level], boxes[i], mask_rcnn.STRIDES[level], cells)
-            np.testing.assert_allclose(ours[i], expected, atol=2e-5, err_msg=name)  # float32 positions, some 100 cells
+            np.testing.assert_allclose(ours[i], expected, atol=2e-5, err_msg=name)  # float32 positions up to 100
             np.testing.assert_allclose(larger[i], ours[i], atol=1e-6, err_msg=name)
 
 
 def some_detections(count: int = 6) -> Detections:
-    """The first few of six, in a picture of 40 x 50: inside, at its edges, tiny; the fifth does not count."""
+    """The first few of six in an image of 40 x 50: inside, at its edges, tiny; the fifth is invalid."""
     rng = np.random.default_rng(3)
     boxes = np.array([[3.2, 4.1, 30.7, 20.2], [0, 0, 50, 40], [10, 10, 11.4, 12], [42, 2, 50, 5.5], [20, 30, 41, 40],
                       [5, 5, 9, 9]], np.float32)  # fmt: skip
     masks = rng.random((6, 28, 28), np.float32)
-    masks[2:4] = 0.4 + masks[2:4] / 2  # too few of their cells are in the middle of a pixel to leave it to chance
+    masks[2:4] = 0.4 + masks[2:4] / 2  # mostly above 0.5, since few of their cells are at the center of a pixel
     scores = np.linspace(0.9, 0.2, 6, dtype=np.float32)
     valid = np.array([True, True, True, True, False, True])
     found = Detections(boxes, scores, np.array([3, 1, 2, 4, 3, 0], np.int32), masks, valid)
@@ -302,7 +307,7 @@ def doubled(found: Detections) -> Detections:
 
 def test_pasting_matches_torch():
     torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)  # its waiting threads take the processor from JAX's
+    torch.set_num_threads(1)  # its idle threads would take CPU time from JAX's
     found, (height, width) = some_detections(), (40, 50)
     ours = np.asarray(jax.jit(mask_rcnn.paste, static_argnums=(1, 2))(found, height, width))
     assert ours.shape == (6, height, width)
@@ -319,7 +324,7 @@ def test_pasting_matches_torch():
         assert expected.any() == (i != 4)
 
 
-def test_painting_lays_later_things_over_earlier_ones():
+def test_painting_puts_later_objects_over_earlier_ones():
     found = some_detections()
     expected = np.zeros((40, 50), np.int32)
     for label, mask in zip(found.classes, np.asarray(mask_rcnn.paste(found, 40, 50)), strict=True):
@@ -330,11 +335,11 @@ def test_painting_lays_later_things_over_earlier_ones():
     assert set(np.unique(expected)) == {0, 1, 2, 3, 4}
 
 
-# --- whole, on a small network ---
+# --- the whole of a small network ---
 
 
 def random_variables(config: MaskRCNNConfig) -> dict[str, np.ndarray]:
-    """Flat variables of ordinary size, none at its default; scores that differ enough for things to be found."""
+    """Flat variables of realistic size, none at its default, with scores that differ enough to find objects."""
     rng = np.random.default_rng(0)
     flat = {}
     for path, leaf in tree(config).items():
@@ -356,8 +361,8 @@ def variables() -> dict[str, Any]:
     return checkpoints.unflatten(random_variables(SMALL))
 
 
-def random_picture(*shape: int) -> np.ndarray:
-    """A picture with structure at all sizes, in [0, 255]."""
+def random_image(*shape: int) -> np.ndarray:
+    """An image with structure at all scales, in [0, 255]."""
     rng = np.random.default_rng(1)
     result = np.zeros(shape, np.float32)
     for size in (2, 8, 32):
@@ -370,8 +375,8 @@ detect = jax.jit(mask_rcnn.detect, static_argnames="config")
 
 
 def assert_same(ours: Detections, theirs: Detections) -> None:
-    """Detections alike but for rounding, and enough of them, of several classes."""
-    assert np.sum(theirs.valid) >= FOUND
+    """Detections agree up to rounding, and there are enough of them, of several classes."""
+    assert np.sum(theirs.valid) >= MIN_FOUND
     assert len(np.unique(np.asarray(theirs.classes)[np.asarray(theirs.valid)])) > 1
     np.testing.assert_array_equal(ours.valid, theirs.valid)
     np.testing.assert_array_equal(ours.classes, theirs.classes)
@@ -382,47 +387,47 @@ def assert_same(ours: Detections, theirs: Detections) -> None:
 
 @pytest.fixture(scope="module")
 def in_canvas(variables) -> Detections:
-    """What is found in a picture of 100 x 150, in the corner of a canvas of 160 x 256 with other things in it.
+    """Detections in an image of 100 x 150, in the corner of a canvas of 160 x 256 with other content.
 
-    The reference fills the picture up to 128 x 160, which is 2 x 3 cells of p6; the canvas has 3 x 4.
+    The reference pads the image to 128 x 160, which is 2 x 3 cells of p6; the canvas has 3 x 4.
     """
-    canvas = random_picture(160, 256, 3)
+    canvas = random_image(160, 256, 3)
     return detect(variables, canvas, SMALL, size=(100, 150), output_size=(100, 150), score_threshold=0.1)
 
 
 def test_padding_changes_nothing(variables, in_canvas):
-    """The picture alone, whose sides no stride divides."""
-    alone = detect(variables, random_picture(160, 256, 3)[:100, :150], SMALL)
+    """The image alone, whose sides no stride divides."""
+    alone = detect(variables, random_image(160, 256, 3)[:100, :150], SMALL)
     assert np.all(np.asarray(alone.boxes) <= [150, 100, 150, 100])
     assert_same(in_canvas, alone)
 
 
-def test_features_are_those_of_the_picture_padded_by_zeros(variables):
-    picture = random_picture(50, 75, 3)
+def test_features_are_those_of_the_image_padded_by_zeros(variables):
+    image = random_image(50, 75, 3)
     padded = np.zeros((1, 64, 96, 3), np.float32)
-    padded[0, :50, :75] = picture - np.float32([103.53, 116.28, 123.675])
+    padded[0, :50, :75] = image - np.float32([103.53, 116.28, 123.675])
     network = mask_rcnn.MaskRCNN(SMALL)
     plain: Any = jax.jit(lambda v, x: network.apply(v, x, method="features"))(variables, padded)
-    ours = jax.jit(lambda v, x: mask_rcnn.features(v, x, SMALL))(variables, picture)
+    ours = jax.jit(lambda v, x: mask_rcnn.features(v, x, SMALL))(variables, image)
     for name, stride in mask_rcnn.STRIDES.items():
         assert ours[name].shape == (-(-64 // stride), -(-96 // stride), SMALL.channels)
         assert np.abs(ours[name] - plain[name][0]).max() < 1e-5 * np.ptp(plain[name])
 
 
 def test_one_and_many_agree(variables, in_canvas):
-    """Pictures of several sizes at once."""
-    pictures = np.stack([random_picture(160, 256, 3)[::-1, ::-1], random_picture(160, 256, 3)])
+    """Images of several sizes at once."""
+    images = np.stack([random_image(160, 256, 3)[::-1, ::-1], random_image(160, 256, 3)])
     sizes = np.array([[160, 256], [100, 150]], np.int32)
     many = jax.jit(jax.vmap(lambda v, x, s: mask_rcnn.detect(v, x, SMALL, size=s), in_axes=(None, 0, 0)))(
-        variables, pictures, sizes
+        variables, images, sizes
     )
-    first = detect(variables, pictures[0], SMALL, size=(160, 256), output_size=(160, 256), score_threshold=0.1)
+    first = detect(variables, images[0], SMALL, size=(160, 256), output_size=(160, 256), score_threshold=0.1)
     for i, one in enumerate((first, in_canvas)):
         assert_same(jax.tree.map(lambda a, i=i: a[i], many), one)
 
 
 def test_threshold_and_output_size(variables, in_canvas):
-    call = functools.partial(detect, variables, random_picture(160, 256, 3), SMALL, size=(100, 150))
+    call = functools.partial(detect, variables, random_image(160, 256, 3), SMALL, size=(100, 150))
     sure = call(output_size=(100, 150), score_threshold=0.6)
     count = sure.valid.sum()
     assert 0 < count < in_canvas.valid.sum()
@@ -435,16 +440,16 @@ def test_threshold_and_output_size(variables, in_canvas):
     np.testing.assert_array_equal(large.valid, in_canvas.valid)
 
 
-def test_boxes_without_area_are_not_found(variables):
-    """All boxes moved to the right of the picture: nothing is found there, and every figure is a number."""
+def test_empty_boxes_are_dropped(variables):
+    """With all boxes moved beyond the right edge, nothing is found, and all results are finite."""
     flat = checkpoints.flatten(variables)
     flat["params/box_head/bbox_pred/bias"] = np.tile(np.float32([1e4, 0, 0, 0]), SMALL.num_classes)
     found = detect(
-        checkpoints.unflatten(flat), random_picture(160, 256, 3), SMALL,
+        checkpoints.unflatten(flat), random_image(160, 256, 3), SMALL,
         size=(100, 150), output_size=(100, 150), score_threshold=0.1,
     )  # fmt: skip
     assert not found.valid.any()
-    assert all(np.isfinite(a).all() for a in found)
+    chex.assert_tree_all_finite(found)
 
 
 def test_bad_arguments_are_refused(variables):
@@ -463,39 +468,39 @@ def test_bad_arguments_are_refused(variables):
             MaskRCNNConfig(**setting)
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_resized():
-    """The shorter side 800, the longer at most 1333; halves up."""
+    """The shorter side is 800, the longer at most 1333; halves round up."""
     for size, expected in (((256, 256), (800, 800)), ((480, 640), (800, 1067)), ((640, 480), (1067, 800)),
                            ((200, 1000), (267, 1333)), ((1600, 1600), (800, 800)), ((3, 1), (1333, 444))):  # fmt: skip
         assert mask_rcnn.resized(*size) == expected
 
 
 def test_preprocess_resizes_as_pillow_does(monkeypatch):
-    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
     monkeypatch.setattr(mask_rcnn, "_SHORTEST", 60)
     monkeypatch.setattr(mask_rcnn, "_LONGEST", 78)
-    canvas, size = mask_rcnn.preprocess(picture[..., ::-1])
-    assert size == (78, 59)  # 80 x 60 brought to 78, 58.5 up
+    canvas, size = mask_rcnn.preprocess(image[..., ::-1])
+    assert size == (78, 59)  # 80 x 60 scaled by 78 / 80; 58.5 rounds up
     assert canvas.shape == (96, 64, 3)
     assert canvas.dtype == np.float32
-    np.testing.assert_array_equal(canvas, np.rint(canvas))  # the reference resizes bytes
+    np.testing.assert_array_equal(canvas, np.rint(canvas))  # the reference resizes uint8
     assert not canvas[78:].any()
     assert not canvas[:, 59:].any()
     from PIL import Image
 
-    theirs = Image.fromarray(np.ascontiguousarray(picture[..., ::-1])).resize((59, 78), Image.Resampling.BILINEAR)
+    theirs = Image.fromarray(np.ascontiguousarray(image[..., ::-1])).resize((59, 78), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(canvas[:78, :59], np.asarray(theirs))
-    for image in (picture[0], picture[..., :1], picture.astype(np.float32), picture[:0]):
+    for bad in (image[0], image[..., :1], image.astype(np.float32), image[:0]):
         with pytest.raises(ValueError, match="uint8 array"):
-            mask_rcnn.preprocess(image)
+            mask_rcnn.preprocess(bad)
 
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_instances_are_a_segmenter(swap, variables, monkeypatch):
-    """With a stand-in for the network, which sees its last thing only where red comes last."""
+    """With a stand-in for the network, which finds its last object only where red comes last."""
 
     def stand_in(held, image, config, *, size, output_size, score_threshold):
         assert image.shape == (800, 1024, 3)
@@ -511,7 +516,7 @@ def test_instances_are_a_segmenter(swap, variables, monkeypatch):
     segmenter = segmentation.instances(variables, SMALL, score_threshold=0.3, swap_channels=swap)
     labels = segmenter(red)
 
-    found = some_detections(3 if swap else 4)  # surer than 0.3, and what swapped channels hide
+    found = some_detections(3 if swap else 4)  # scores above 0.3, and one fewer with swapped channels
     expected = np.zeros((80, 100), np.int32)
     for label, mask in zip(found.classes, np.asarray(mask_rcnn.paste(doubled(found), 80, 100)), strict=True):
         expected[mask] = label
@@ -527,7 +532,7 @@ def test_instances_are_a_segmenter(swap, variables, monkeypatch):
 
 
 def their_names(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a file that would hold these variables: the table the other way."""
+    """The arrays of a file with these variables, by the inverse of the conversion table."""
     result = {}
     for path, values in flat.items():
         name, layout = tables.find(NETWORK.rows, path)
@@ -537,7 +542,7 @@ def their_names(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def small_file() -> State:
-    """With constants and parts that the published file has beside the network."""
+    """With the constants and other parts of the published file."""
     held = their_names(random_variables(SMALL))
     held["pixel_mean"] = np.array([103.53, 116.28, 123.675], np.float32).reshape(3, 1, 1)
     held["pixel_std"] = np.ones((3, 1, 1), np.float32)
@@ -548,7 +553,7 @@ def small_file() -> State:
     return {name: stored(array) for name, array in held.items()}
 
 
-def test_conversion_takes_every_array_there_and_back(published, converted):
+def test_conversion_round_trip_keeps_every_array(published, converted):
     config, flat = converted
     assert config == MaskRCNNConfig()
     back = their_names(flat)
@@ -558,7 +563,7 @@ def test_conversion_takes_every_array_there_and_back(published, converted):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_the_model_zoos_pickles_are_read(protocol, small_file):
+def test_pickles_of_the_model_zoo_are_read(protocol, small_file):
     held = {"model": {name: array.array() for name, array in small_file.items()}, "__author__": "Detectron2 Model Zoo"}
     data = memoryview(pickle.dumps(held, protocol))
     config, flat = convert(pickles.load(arrays.View(data), arrays.python_names(), encoding="latin1"))
@@ -568,14 +573,14 @@ def test_the_model_zoos_pickles_are_read(protocol, small_file):
         np.testing.assert_array_equal(flat[path], values, err_msg=path)
 
 
-def test_other_files_are_left_to_others(small_file):
+def test_other_files_are_not_recognized(small_file):
     backbone = {name: array for name, array in small_file.items() if name.startswith("backbone.")}
     for objects in ([], [None], [{}], [[1]], [backbone], [{"model": backbone}], [{"model": None}], [{"model": [1]}],
                     [{"state_dict": small_file}], [{**small_file, "model": 3}]):  # fmt: skip
         assert NETWORK.find(objects) is None
 
 
-def test_bare_and_parallel_state_dicts_are_taken(small_file):
+def test_bare_and_parallel_state_dicts_are_recognized(small_file):
     parallel = {f"module.{name}": array for name, array in small_file.items()}
     for held in (small_file, {"model": parallel, "iteration": 3}):
         found = NETWORK.find([held])
@@ -583,7 +588,7 @@ def test_bare_and_parallel_state_dicts_are_taken(small_file):
         assert found.keys() == small_file.keys()
 
 
-def test_nearly_right_files_are_told(small_file):
+def test_similar_files_are_refused(small_file):
     with pytest.raises(UserError, match="alone"):
         NETWORK.find([{"model": small_file}, None])
     faster = {name: array for name, array in small_file.items() if "mask_head" not in name}
@@ -602,7 +607,7 @@ def test_nearly_right_files_are_told(small_file):
         ("proposal_generator.anchor_generator.cell_anchors.4", np.ones((9, 4), np.float32)),
     ],
 )
-def test_other_constants_are_told(name, values, small_file):
+def test_other_constants_are_refused(name, values, small_file):
     small_file[name] = stored(values)
     with pytest.raises(UserError, match=f"{name} is not .*, the only one"):
         convert({"model": small_file})
@@ -631,7 +636,7 @@ def test_conversion_lists_all_faults(small_file):
         ("roi_heads.box_head.fc1.weight", (), r"no layer roi_heads\.box_head\.fc1"),
     ],
 )
-def test_impossible_configs_are_told(name, shape, message, small_file):
+def test_impossible_configs_are_refused(name, shape, message, small_file):
     if shape is None:
         del small_file[name]
     else:

@@ -1,4 +1,4 @@
-"""Recognition networks in files as their authors distribute them: found, converted, loaded; and what is not right."""
+"""Recognition networks in files as their authors distribute them: conversion, loading, and bad files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def converted(folder: Path) -> Path:
     return folder / "bisenet"
 
 
-def test_a_network_is_found_in_its_file_and_comes_back(converted, capsys):
+def test_a_network_is_found_in_its_file(converted, capsys):
     config, variables, manifest = checkpoints.load_network(converted, "bisenet")
     assert config == BiSeNetConfig()
     assert manifest["source"]["file"] == "79999_iter.pth"
@@ -49,7 +49,7 @@ def test_a_network_is_found_in_its_file_and_comes_back(converted, capsys):
     assert json.loads((converted / "manifest.json").read_text())["format"] == "samjax bisenet 1"
 
 
-def test_two_files_in_any_order_and_never_one(folder, tmp_path, capsys):
+def test_two_files_in_any_order(folder, tmp_path, capsys):
     parts = [str(folder / f"{part}_epoch_20.pth") for part in ("decoder", "encoder")]
     assert program.main([*parts, str(tmp_path / "out")]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -60,7 +60,7 @@ def test_two_files_in_any_order_and_never_one(folder, tmp_path, capsys):
     assert not (tmp_path / "half").exists()
 
 
-def test_another_network_than_asked_for_is_told(folder, converted, tmp_path, capsys):
+def test_another_network_than_requested_is_an_error(folder, converted, tmp_path, capsys):
     source = str(folder / "79999_iter.pth")
     for network in ("e4e", "invertibility", "mask_rcnn", "generator"):
         assert program.main([source, str(tmp_path / "out"), "--network", network]) == 2, network
@@ -95,11 +95,11 @@ def test_missing_and_misshapen_arrays_are_listed(folder, tmp_path, capsys):
     state = torch.load(folder / "79999_iter.pth")
     del state["ffm.convblk.bn.running_mean"]
     state["ffm.conv1.weight"] = state["ffm.conv1.weight"][:3].clone()
-    state["stranger"] = torch.zeros(1)
+    state["other"] = torch.zeros(1)
     torch.save(state, tmp_path / "other.pth")
     assert program.main([str(tmp_path / "other.pth"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    for part in ("1 missing: ffm.convblk.bn.running_mean", "1 unexpected: stranger", "ffm.conv1.weight [3, "):
+    for part in ("1 missing: ffm.convblk.bn.running_mean", "1 unexpected: other", "ffm.conv1.weight [3, "):
         assert part in error
 
 

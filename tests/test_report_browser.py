@@ -165,7 +165,7 @@ def test_a_segment_shows_how_its_layer_was_chosen(visit: Any):
     assert text.startswith("région 3 20% of the image, inverted in F8")
     for name, mean in zip(("W+", "F4", "F6", "F8", "F10"), shown[3].means, strict=True):
         assert f"{name} {mean:.3f}" in text
-    assert "F8 is the first layer with an error of at most 0.225, the threshold." in text
+    assert "F8 is the first layer whose error is at most the threshold of 0.225." in text
     assert "current" in rows.nth(3).get_attribute("class")
     assert page.locator("#map .halo.thin").get_attribute("href") == "#region-3"
 
@@ -223,7 +223,7 @@ def test_thresholds_by_keys(visit: Any):
     page.keyboard.press("Home")
     assert rows.locator(".chip").all_inner_texts() == ["F10"] * 5
     assert rows.nth(0).locator(".last").is_visible()
-    assert "No layer has an error of at most 0.05, the threshold" in said(page)
+    assert "No layer's error is at most the threshold of 0.05" in said(page)
     page.locator("#back").click()
     assert page.locator("#back").is_disabled()
     assert slider.evaluate("slider => slider === document.activeElement")

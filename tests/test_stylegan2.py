@@ -344,7 +344,7 @@ def test_labels_change_styles_and_are_required():
     params, z = tiny_params(config), normal(0, 1, TINY.z_dim)
     styles = [map_z(config, params, z, jnp.eye(3)[i : i + 1]) for i in range(2)]
     assert error(*styles) > 0.01
-    with pytest.raises(ValueError, match=r"conditional: give labels c of shape \[N, 3\]"):
+    with pytest.raises(ValueError, match=r"conditional: pass labels c of shape \[N, 3\]"):
         map_z(config, params, z)
 
 

@@ -1,6 +1,6 @@
-"""Training of a predictor from a folder: what it writes, how it goes on, and what it refuses.
+"""Training of a predictor from files: its output, resuming, and the input it rejects.
 
-The tests marked slow start real processes: killed ones, eight devices, two processes.
+Tests marked slow start processes: killed ones, one with eight devices, two connected ones.
 """
 
 from __future__ import annotations
@@ -8,33 +8,31 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
-from killing import EXPERIMENTS, environment, figures, kill_training, run_as_two, training_command, write_data
+import train_invertibility as program
+from killing import environment, kill_training, metrics_of, run_as_two, training_command, write_data
 from PIL import Image
 
 from samjax.errors import UserError
 from samjax.io import checkpoints
-from samjax.nets.deeplab import PredictorConfig
+from samjax.nets import deeplab
+from samjax.testing import tiny_predictor_config
+from samjax.training import checkpoints as runs
+from samjax.training import predictor, recipes
 
-TINY = PredictorConfig(("W+", "F4"), blocks=(1, 1, 1, 1), width=4, decoder_width=8, low_level_width=4)
+TINY = tiny_predictor_config()
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import train_invertibility
-
-        usual = train_invertibility.PRESETS["small"]
-        train_invertibility.PRESETS["small"] = TINY
-        yield train_invertibility
-        train_invertibility.PRESETS["small"] = usual
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+@pytest.fixture(scope="module", autouse=True)
+def small_predictor():
+    usual, recipes.PREDICTOR_PRESETS["small"] = recipes.PREDICTOR_PRESETS["small"], TINY
+    yield
+    recipes.PREDICTOR_PRESETS["small"] = usual
 
 
 @pytest.fixture(scope="module")
@@ -45,43 +43,43 @@ def data(tmp_path_factory):
     return folder
 
 
-def arguments(script, data, output, **changes):
+def arguments(data, output, **changes):
     values = {
         "dataset_folder_train": data / "train", "dataset_folder_val": data / "val", "output_folder": output,
         "preset": "small", "lpips_type": "alex", "target_H": 64, "target_W": 64, "batch_size": 4, "num_steps": 6,
         "val_frequency": 3, "save_frequency": 2, "log_frequency": 1,
     }  # fmt: skip
-    return script.Arguments(**{**values, **changes})
+    return program.Arguments(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
-def finished(script, data, tmp_path_factory):
+def finished(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    script.main(arguments(script, data, output))
+    program.main(arguments(data, output))
     return output
 
 
-def predictor(folder: Path) -> dict[str, np.ndarray]:
-    config, variables, _ = checkpoints.load_network(folder / "predictor", "invertibility")
+def predictor_of(directory: Path) -> dict[str, np.ndarray]:
+    config, variables, _ = checkpoints.load_network(directory / "predictor", "invertibility")
     assert config == TINY
     return checkpoints.flatten(variables)
 
 
-def test_a_run_leaves_a_predictor_figures_and_pictures(finished):
-    rows = figures(finished)
+def test_a_run_leaves_a_predictor_metrics_and_figures(finished):
+    rows = metrics_of(finished)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert all(0 <= row["val_same_layer"] <= 1 for row in rows if "val_loss" in row)
-    assert predictor(finished)
-    for name in ("curve.png", "pictures/000003.png", "pictures/000006.png"):
-        with Image.open(finished / name) as picture:
-            assert min(picture.size) > 100
+    assert predictor_of(finished)
+    for name in ("curve.png", "figures/000003.png", "figures/000006.png"):
+        with Image.open(finished / name) as figure:
+            assert min(figure.size) > 100
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_the_best_by_validation_is_what_comes_out(finished):
-    rows = [row for row in figures(finished) if "val_loss" in row]
+def test_the_result_is_the_best_state_by_validation(finished):
+    rows = [row for row in metrics_of(finished) if "val_loss" in row]
     best = min(rows, key=lambda row: row["val_loss"])["step"]
     _, _, manifest = checkpoints.load_network(finished / "predictor", "invertibility")
     assert manifest["source_format"].endswith(f"step {best}")
@@ -89,8 +87,8 @@ def test_the_best_by_validation_is_what_comes_out(finished):
 
 
 @pytest.mark.parametrize("stop", [4, 5])
-def test_what_was_stopped_goes_on_as_if_nothing_had_happened(script, data, finished, tmp_path, monkeypatch, stop):
-    calls, step = [], script.training.step
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(data, finished, tmp_path, monkeypatch, stop):
+    calls, step = [], predictor.step
 
     def stopping(*args):
         calls.append(1)
@@ -98,46 +96,45 @@ def test_what_was_stopped_goes_on_as_if_nothing_had_happened(script, data, finis
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(script.training, "step", stopping)
+    monkeypatch.setattr(predictor, "step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        script.main(arguments(script, data, tmp_path))
+        program.main(arguments(data, tmp_path))
     assert not (tmp_path / "predictor").exists()
-    script.main(arguments(script, data, tmp_path))
-    assert len(calls) < 6 + stop  # it did not begin anew
-    assert figures(tmp_path) == figures(finished)
-    expected, found = predictor(finished), predictor(tmp_path)
-    assert all((expected[name] == found[name]).all() for name in expected)
+    program.main(arguments(data, tmp_path))
+    assert len(calls) < 6 + stop  # it did not start again
+    assert metrics_of(tmp_path) == metrics_of(finished)
+    chex.assert_trees_all_equal(predictor_of(finished), predictor_of(tmp_path))
 
 
-def test_a_finished_run_is_not_run_again(script, data, finished, tmp_path, capsys):
+def test_a_finished_run_is_not_run_again(data, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    script.main(arguments(script, data, tmp_path / "run"))
+    program.main(arguments(data, tmp_path / "run"))
     assert "resuming after step 6 of 6" in capsys.readouterr().out
-    assert figures(tmp_path / "run") == figures(finished)
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
 
 
-def test_a_predictor_can_go_on_from_another(script, data, finished, tmp_path):
-    script.main(arguments(script, data, tmp_path, init=finished / "predictor"))
-    first, later = figures(finished)[0], figures(tmp_path)[0]
+def test_training_can_start_from_another_predictor(data, finished, tmp_path):
+    program.main(arguments(data, tmp_path, init=finished / "predictor"))
+    first, later = metrics_of(finished)[0], metrics_of(tmp_path)[0]
     assert later["loss"] != first["loss"]
 
 
 @pytest.mark.slow  # compiles a program of its own
-def test_maps_made_before_train_a_predictor(script, data, tmp_path):
-    script.main(arguments(script, data, tmp_path, cache_targets=True))
+def test_precomputed_maps_train_a_predictor(data, tmp_path):
+    program.main(arguments(data, tmp_path, cache_targets=True))
     assert len([*(tmp_path / "targets" / "train").iterdir()]) == 6
     assert len([*(tmp_path / "targets" / "val").iterdir()]) == 3
-    assert all(np.isfinite(value) for row in figures(tmp_path) for value in row.values())
-    assert predictor(tmp_path)
+    assert all(np.isfinite(value) for row in metrics_of(tmp_path) for value in row.values())
+    assert predictor_of(tmp_path)
 
 
-def test_bad_input_is_found_before_work(script, data, finished, tmp_path):
+def test_bad_input_is_found_before_work(data, finished, tmp_path):
     uneven = write_data(tmp_path / "uneven", 2)
     shutil.rmtree(uneven / "F4" / "p1")
     missing = write_data(tmp_path / "missing", 2)
     (missing / "W+" / "p0" / "final" / "input.png").unlink()
     broken = write_data(tmp_path / "broken", 2)
-    (broken / "F4" / "p0" / "final" / "reconstruction.png").write_bytes(b"no picture")
+    (broken / "F4" / "p0" / "final" / "reconstruction.png").write_bytes(b"not an image")
     mixed = write_data(tmp_path / "mixed", 2)
     Image.new("RGB", (64, 32)).save(mixed / "F4" / "p0" / "final" / "reconstruction.png")
     one_layer = write_data(tmp_path / "one_layer", 2)
@@ -145,11 +142,11 @@ def test_bad_input_is_found_before_work(script, data, finished, tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "unfinished" / "W+" / "p0").mkdir(parents=True)
     for changes, message in (
-        ({"dataset_folder_train": tmp_path / "none"}, "no folder"),
+        ({"dataset_folder_train": tmp_path / "none"}, "not a directory"),
         ({"dataset_folder_train": uneven}, r"1 of 2 images .* lack some of the layers .*p1"),
         ({"dataset_folder_train": missing}, "1 of 2 images .* unusable"),
         ({"dataset_folder_train": broken}, "1 of 2 images .* unusable"),
-        ({"dataset_folder_train": mixed}, "not of one shape"),
+        ({"dataset_folder_train": mixed}, "the aspect ratios differ"),
         ({"dataset_folder_val": one_layer}, "lacks F4"),
         ({"dataset_folder_val": tmp_path / "nothing"}, "lacks W"),
         ({"dataset_folder_val": tmp_path / "unfinished", "latent_space_name": "W+"}, "no finished inversions"),
@@ -159,43 +156,46 @@ def test_bad_input_is_found_before_work(script, data, finished, tmp_path):
         ({"init": finished / "predictor", "latent_space_name": "W+"}, r"has maps of W\+,F4, the data have W\+"),
     ):
         with pytest.raises(UserError, match=message):
-            script.main(arguments(script, data, tmp_path / "out", **changes))
+            program.main(arguments(data, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_another_runs_folder_is_left_alone(script, data, finished, monkeypatch):
+def test_the_directory_of_another_run_is_not_changed(data, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(UserError, match=r"other settings \(training\)"):
-        script.main(arguments(script, data, finished, lr=1e-3))
+        program.main(arguments(data, finished, lr=1e-3))
     larger = dataclasses.replace(TINY, width=8)
-    monkeypatch.setitem(script.PRESETS, "full", larger)
+    monkeypatch.setitem(recipes.PREDICTOR_PRESETS, "full", larger)
     with pytest.raises(UserError, match=r"other settings \(predictor\)"):
-        script.main(arguments(script, data, finished, preset="full", lr=script.LEARNING_RATES["small"]))
+        program.main(arguments(data, finished, preset="full", lr=recipes.PREDICTOR_LEARNING_RATES["small"]))
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def test_a_checkpoint_of_another_predictor_is_refused(script, data, finished, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_predictor_is_rejected(data, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "settings.json").unlink()
-    monkeypatch.setitem(script.PRESETS, "full", dataclasses.replace(TINY, width=8))
+    other = dataclasses.replace(TINY, width=8)
+    shapes = jax.eval_shape(lambda: deeplab.init(other, key=jax.random.key(0)))
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # nothing is compiled
+    checkpoints.save_network(tmp_path / "other", other, variables, {})
     with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* another preset"):
-        script.main(arguments(script, data, tmp_path / "run", preset="full"))
+        program.main(arguments(data, tmp_path / "run", init=tmp_path / "other"))
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(script, data, finished, tmp_path, monkeypatch):
-    save = script.trainer.runs.Checkpoints.save
+def test_a_full_disk_is_reported_and_nothing_is_lost(data, finished, tmp_path, monkeypatch):
+    save = runs.Checkpoints.save
 
     def full(self, step, *rest):
         if step == 3:
             raise UserError(f"cannot write {step}: No space left on device")
         save(self, step, *rest)
 
-    monkeypatch.setattr(script.trainer.runs.Checkpoints, "save", full)
+    monkeypatch.setattr(runs.Checkpoints, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        script.main(arguments(script, data, tmp_path))
-    monkeypatch.setattr(script.trainer.runs.Checkpoints, "save", save)
-    script.main(arguments(script, data, tmp_path))
-    assert figures(tmp_path) == figures(finished)
+        program.main(arguments(data, tmp_path))
+    monkeypatch.setattr(runs.Checkpoints, "save", save)
+    program.main(arguments(data, tmp_path))
+    assert metrics_of(tmp_path) == metrics_of(finished)
 
 
 # --- real processes ---
@@ -214,16 +214,16 @@ def alone(data, env, tmp_path_factory):
     return output
 
 
-def losses(folder: Path, name: str = "loss") -> np.ndarray:
-    return np.array([row[name] for row in figures(folder) if name in row])
+def losses(directory: Path, name: str = "loss") -> np.ndarray:
+    return np.array([row[name] for row in metrics_of(directory) if name in row])
 
 
 @pytest.mark.slow
 def test_eight_devices_agree_with_one(data, env, alone, tmp_path):
     subprocess.run(training_command(data, tmp_path), check=True, capture_output=True, env=env(8))
     assert len(losses(alone)) == 20
-    assert losses(alone)[-1] < 0.99 * losses(alone)[0]  # a gradient wrong by a thousandth would show below
-    # Float32 sums in another order, carried on over twenty steps.
+    assert losses(alone)[-1] < 0.99 * losses(alone)[0]  # so that a wrong gradient shows below
+    # Float32 sums in another order, accumulated over twenty steps.
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
 
 
@@ -235,5 +235,5 @@ def test_two_processes_agree_with_one(data, env, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_is_the_run_it_would_have_been(data, env, alone, tmp_path):
+def test_a_killed_and_restarted_run_equals_an_uninterrupted_one(data, env, alone, tmp_path):
     assert kill_training(data, tmp_path / "run", alone, 3, env()) > 0

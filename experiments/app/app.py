@@ -1,9 +1,9 @@
 """A page on which to invert and edit images: `pip install '.[app]'`, then
 
-    python experiments/app.py                                   # the demo
-    python experiments/app.py --gan_weights converted/ --edits_folder directions/
+    python experiments/app/app.py                                   # the demo
+    python experiments/app/app.py --gan_weights converted/ --edits_folder directions/
 
-Open the address that it prints. Only this machine can, unless --listen says otherwise. Settings are those of invert.py.
+Open the address that it prints; unless --listen is given, it works on this machine only. Flags are those of invert.py.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
-import cli
-import invert
-import studio
-
-from samjax.errors import UserError
+from ckpt_convert import directions, get
+from samjax import Pipeline, UserError, cli
+from samjax.config import Options
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(invert.Settings):
+class Arguments(Options):
     port: int | None = None
-    """Of the page; none: the first free one from 7860 on."""
+    """Port of the page. Default: the first free one from 7860 on."""
     listen: bool = False
     """Lets other machines of the network open the page too."""
     open_browser: bool = False
@@ -33,9 +31,13 @@ def main(args: Arguments) -> None:
         raise UserError("the page needs Gradio: pip install '.[app]'")
     import page
 
-    shared = studio.load(args)
-    blocks, address = page.launch(shared, listen=args.listen, port=args.port, open_browser=args.open_browser)
-    print(f"{invert.generator_name(args, shared.nets)}: open {address} (Ctrl-C ends it)", flush=True)
+    pipeline = Pipeline.from_options(
+        get.prepare(args),
+        name=args.gan_weights.name if args.gan_weights else None,
+        read_directions=directions.read_folder,
+    )
+    blocks, address = page.launch(pipeline, listen=args.listen, port=args.port, open_browser=args.open_browser)
+    print(f"{pipeline.name}: open {address} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 
 

@@ -9,19 +9,18 @@ from typing import Any
 
 import gradio as gr
 import gradio.themes
-import invert
 import numpy as np
-import studio
-from studio import Session, Studio
 
-from samjax import demo
-from samjax.errors import UserError
-from samjax.io import html_report, images, report, sheets
-from samjax.io.results import by_share
+from samjax import Pipeline, UserError, demo, report
+from samjax.io import images
+from samjax.report import html as report_html
+from samjax.report import sheets
+from samjax.report.content import Content, by_share
+from samjax.session import OnProgress, Session, StoppedError, stream
 
 BY_THRESHOLD = "by the threshold"
-SIDE = 512  # of pictures drawn for the page
-STRENGTH = 4.0  # where the sliders of edits end
+SIDE = 512  # pixels of the longer side of images drawn for the page
+STRENGTH = 4.0  # end of the sliders of edits
 
 CSS = """
 #status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 20; padding: .6rem; }
@@ -49,41 +48,44 @@ CSS = """
 .samjax-values thead th { position: sticky; top: 0; background: var(--body-background-fill); }
 .samjax-values th:first-child { text-align: left; font-weight: 400; }
 .samjax-values .chosen { border-radius: 5px; font-weight: 700; }
-.samjax-values tr.picked th { font-weight: 700; box-shadow: inset 3px 0 #b0267a; }
+.samjax-values tr.selected th { font-weight: 700; box-shadow: inset 3px 0 #b0267a; }
 """
 
 
 # --- what is shown ---
 
 
-def status(text: str, share: float | None = None) -> str:
-    bar = "" if share is None else f'<progress max="1" value="{share:.3f}" aria-label="progress"></progress>'
+def status(text: str, fraction: float | None = None) -> str:
+    """The line at the bottom of the page, with a progress bar if `fraction` is given."""
+    bar = "" if fraction is None else f'<progress max="1" value="{fraction:.3f}" aria-label="progress"></progress>'
     return f'<div class="samjax-status" role="status">{html.escape(text)}{bar}</div>'
 
 
-def wrong(error: UserError) -> str:
-    """The line that the command line would print."""
+def failure(error: UserError) -> str:
+    """The same line as on the command line."""
     return f'<div class="samjax-status wrong" role="alert">error: {html.escape(error.shown)}</div>'
 
 
 def chip(layer: str) -> str:
-    """Style of a cell in a layer's colour."""
-    colour = report.layer_colour(layer)
-    return f"background: {html_report.css(colour)}; color: {html_report.ink_on(colour)}"
+    """Style of a cell in a layer's color."""
+    color = report.layer_colour(layer)
+    return f"background: {report_html.css(color)}; color: {report_html.ink_on(color)}"
 
 
-def values_table(result: report.Result, picked: int | None) -> str:
-    """The error of each segment in each layer; the chosen one in the layer's colour."""
-    head = "".join(f"<th scope='col'>{name}</th>" for name in result.layers)
+def values_table(content: Content, selected: int | None) -> str:
+    """The mean error of each segment in each layer; the chosen layer has its color."""
+    head = "".join(f"<th scope='col'>{name}</th>" for name in content.layers)
     rows = []
-    for row in by_share(result):
+    for row in by_share(content):
         cells = []
-        for name, mean in zip(result.layers, row.means, strict=True):
+        for name, mean in zip(content.layers, row.means, strict=True):
             style = f" class='chosen' style='{chip(name)}'" if name == row.layer else ""
             cells.append(f"<td{style}>{mean:.3f}</td>")
         mark = " (forced)" if row.forced else ""
         title = f"{html.escape(report.segment_title(row))}, {row.share:.0%}{mark}"
-        rows.append(f"<tr{' class=picked' * (row.label == picked)}><th scope='row'>{title}</th>{''.join(cells)}</tr>")
+        rows.append(
+            f"<tr{' class=selected' * (row.label == selected)}><th scope='row'>{title}</th>{''.join(cells)}</tr>"
+        )
     return (
         f"<div class='samjax-values'><table><thead><tr><th scope='col'>error expected in</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -91,27 +93,33 @@ def values_table(result: report.Result, picked: int | None) -> str:
 
 
 def size(session: Session) -> tuple[int, int]:
-    """Height and width of the pictures drawn of a session's image."""
-    height, width = session.photograph.target.shape[:2]
+    """Height and width of the figures drawn of a session's image."""
+    height, width = session.target.shape[:2]
     return round(SIDE * height / max(height, width)), round(SIDE * width / max(height, width))
 
 
 def shown(session: Session, image: np.ndarray) -> np.ndarray:
-    """An image [h, w, 3] in [-1, 1] as it is shown: without the rows of a letterbox, not too small; uint8."""
-    picture = images.to_uint8(session.full_size(image))
-    return sheets.resize(picture, *size(session)) if max(picture.shape) < SIDE else picture
+    """An image of the session [h, w, 3] in [-1, 1] as the page shows it: uint8, small ones enlarged."""
+    pixels = images.to_uint8(image)
+    return sheets.resize(pixels, *size(session)) if max(pixels.shape) < SIDE else pixels
+
+
+def shown_generated(session: Session, image: np.ndarray) -> np.ndarray:
+    """`shown` for a generator's image [R, R, 3], without the letterbox."""
+    return shown(session, session.full_size(image))
 
 
 # --- the page ---
 
 
 class Page:
-    """The page's elements and their handlers. The person's `Session` travels in `self.session`."""
+    """The page's elements and their handlers. Each user's `Session` is the value of the state `self.session`."""
 
-    def __init__(self, shared: Studio):
-        self.shared = shared
-        layers, directions = shared.layers, list(shared.directions)
-        samples = sorted(demo.SAMPLES.glob("scene?.png")) if invert.embedded(shared.settings, shared.nets) else []
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        layers, directions = [layer.name for layer in pipeline.layers], list(pipeline.directions)
+        embedded = pipeline.category.name == "demo" and pipeline.options.gan_weights is None
+        samples = sorted(demo.SAMPLES.glob("scene?.png")) if embedded else []
         self.samples = {path.stem: path for path in samples}
         column: dict[str, Any] = {"min_width": 300}
         with gr.Blocks(
@@ -129,23 +137,23 @@ class Page:
                 with gr.Column(**column):
                     self.file = gr.File(label="Drop an image here, or click", height=150, elem_id="file")
                     self.sample = gr.Dropdown(
-                        list(self.samples), value=None, label="Or take a scene of the demo", visible=bool(samples),
+                        list(self.samples), value=None, label="Or choose a scene of the demo", visible=bool(samples),
                         elem_id="sample",
                     )  # fmt: skip
                 with gr.Column(**column):
-                    self.image = self._picture("Image", "image")
+                    self.image = self._image("Image", "image")
                 with gr.Column(**column):
-                    self.segments = self._picture("Segments", "segments")
+                    self.segments = self._image("Segments", "segments")
             gr.Markdown("## 2. The layer of each segment\nThe error to expect in each layer; lighter is worse.")
             with gr.Row():
-                self.maps = [self._picture(f"Error in {name}", f"map-{name}", min_width=110) for name in layers]
+                self.maps = [self._image(f"Error in {name}", f"map-{name}", min_width=110) for name in layers]
             with gr.Row():
                 with gr.Column(**column):
-                    self.layers = self._picture("Layers: click a segment to choose its layer", "layers")
+                    self.layers = self._image("Layers: click a segment to choose its layer", "layers")
                 with gr.Column(**column):
                     self.threshold = gr.Slider(
-                        0, 1, shared.threshold, step=0.005, label="Threshold: error up to which a layer is taken",
-                        interactive=False, elem_id="threshold",
+                        0, 1, pipeline.category.threshold, step=0.005, interactive=False, elem_id="threshold",
+                        label="Threshold: error up to which a layer is used",
                     )  # fmt: skip
                     self.segment = gr.Dropdown([], label="Segment", interactive=False, elem_id="segment")
                     self.layer = gr.Radio(
@@ -157,9 +165,9 @@ class Page:
             gr.Markdown("## 3. Inversion and edits")
             with gr.Row():
                 with gr.Column(**column):
-                    self.result = self._picture("Reconstruction", "result")
+                    self.result = self._image("Reconstruction", "result")
                 with gr.Column(**column):
-                    self.edited = self._picture("Edited", "edited")
+                    self.edited = self._image("Edited", "edited")
                 with gr.Column(**column):
                     with gr.Row():
                         self.invert = gr.Button("Invert", variant="primary", interactive=False, elem_id="invert")
@@ -172,7 +180,7 @@ class Page:
                         for i, name in enumerate(directions)
                     ]  # fmt: skip
                     if not directions:
-                        gr.Markdown("No directions: give `--edits_folder` a folder of them to edit.")
+                        gr.Markdown("No directions: to edit, give `--edits_folder`, a directory of directions.")
                     self.save = gr.Button("Prepare downloads", interactive=False, elem_id="save")
                     self.files = gr.File(
                         label="Latents, images, report", file_count="multiple", interactive=False, visible=False,
@@ -181,14 +189,14 @@ class Page:
             self._wire()
 
     @staticmethod
-    def _picture(label: str, name: str, **options: Any) -> Any:
+    def _image(label: str, name: str, **options: Any) -> Any:
         buttons: Any = ["download", "fullscreen"]
         return gr.Image(
             label=label, interactive=False, buttons=buttons, format="png", elem_id=name, alt_text=label, **options
         )
 
     def _wire(self) -> None:
-        # What computes for long takes its turn; the rest answers at once, whatever else runs.
+        # Long computations run one after another; everything else answers at once, also while one of them runs.
         work: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1, "show_progress": "hidden"}
         at_once: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "trigger_mode": "always_last"}
         everything = [
@@ -201,9 +209,9 @@ class Page:
         saving = {**work, "concurrency_id": "save"}
         self.file.upload(self.open_file, [self.session, self.file], everything, **work, **on)
         self.sample.input(self.open_sample, [self.session, self.sample], everything, **work, **on)
-        self.threshold.input(self.move_threshold, [self.session, self.threshold, self.segment], chosen, **at_once, **on)
-        self.layers.select(self.point, [self.session], [self.segment, self.layer, self.values], **at_once, **on)
-        self.segment.input(self.pick, [self.session, self.segment], [self.layer, self.values], **at_once, **on)
+        self.threshold.input(self.set_threshold, [self.session, self.threshold, self.segment], chosen, **at_once, **on)
+        self.layers.select(self.click, [self.session], [self.segment, self.layer, self.values], **at_once, **on)
+        self.segment.input(self.select, [self.session, self.segment], [self.layer, self.values], **at_once, **on)
         self.layer.input(self.force, [self.session, self.segment, self.layer], chosen, **at_once, **on)
         self.invert.click(self.run, [self.session], everything, **work, **on)
         self.stop.click(lambda session: session and session.stop(), [self.session], None, queue=False, **on)
@@ -228,9 +236,10 @@ class Page:
 
     def _open(self, before: Session | None, path: Path, segments: Path | None) -> Iterator[dict[Any, Any]]:
         try:
-            session = studio.open_image(self.shared, path, segments)
+            names = None if segments is None else demo.SEGMENT_NAMES
+            session = Session(self.pipeline, path, segments, segment_names=names)
         except UserError as error:
-            yield {self.status: wrong(error)}
+            yield {self.status: failure(error)}
             return
         if before is not None:
             before.close()
@@ -238,8 +247,8 @@ class Page:
         blank = [self.segments, *self.maps, self.layers, self.result, self.edited]
         yield {
             self.session: session,
-            self.status: status(f"Looking at {path.name} …"),
-            self.image: shown(session, session.photograph.target),
+            self.status: status(f"Analyzing {path.name} …"),
+            self.image: shown(session, session.target),
             self.values: "",
             self.files: gr.update(value=None, visible=False),
             self.stop: gr.update(interactive=True),
@@ -247,20 +256,20 @@ class Page:
             **dict.fromkeys(self.strengths, gr.update(value=0, interactive=False)),
             **dict.fromkeys(blank, gr.update(value=None)),
         }
-        ended = yield from self._follow(session, session.look)
+        ended = yield from self._follow(session, session.analyze)
         if ended:
             yield {self.status: ended, self.stop: off}
             return
-        result = session.preview()
-        high = report.heat_limit(result)
-        rows = by_share(result)
+        content = session.preview()
+        high = report.heat_limit(content)
+        rows = by_share(content)
         on = gr.update(interactive=True)
         yield {
             self.status: status(f"{path.name}: {len(rows)} segments. Choose layers, then invert."),
-            self.segments: report.segments_overlay(result, *size(session)),
+            self.segments: report.segments_overlay(content, *size(session)),
             **{
-                picture: sheets.resize(sheets.heat(values, high), *size(session))
-                for picture, values in zip(self.maps, result.maps, strict=True)
+                element: sheets.resize(sheets.heat(values, high), *size(session))
+                for element, values in zip(self.maps, content.maps, strict=True)
             },
             self.threshold: gr.update(value=session.threshold, maximum=max(high, session.threshold), interactive=True),
             self.segment: gr.update(
@@ -274,28 +283,28 @@ class Page:
 
     # --- which layer ---
 
-    def _chosen(self, session: Session, picked: int | None) -> dict[Any, Any]:
-        result = session.preview()
+    def _chosen(self, session: Session, selected: int | None) -> dict[Any, Any]:
+        content = session.preview()
         return {
-            self.layers: report.layers_overlay(result, *size(session)),
-            self.values: values_table(result, picked),
+            self.layers: report.layers_overlay(content, *size(session)),
+            self.values: values_table(content, selected),
         }
 
-    def move_threshold(self, session: Session | None, value: float, picked: int | None) -> dict[Any, Any]:
-        if session is None or session.looked is None:
+    def set_threshold(self, session: Session | None, value: float, selected: int | None) -> dict[Any, Any]:
+        if session is None or session.analysis is None:
             return {self.layers: gr.skip()}
         session.threshold = value
-        return self._chosen(session, picked)
+        return self._chosen(session, selected)
 
-    def point(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
-        if session is None or session.looked is None:
+    def click(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+        if session is None or session.analysis is None:
             return {self.segment: gr.skip()}
         height, width = size(session)
         label = session.segment_at(event.index[0] / width, event.index[1] / height)
-        return {self.segment: label, **self.pick(session, label)}
+        return {self.segment: label, **self.select(session, label)}
 
-    def pick(self, session: Session | None, label: int) -> dict[Any, Any]:
-        if session is None or session.looked is None:
+    def select(self, session: Session | None, label: int) -> dict[Any, Any]:
+        if session is None or session.analysis is None:
             return {self.layer: gr.skip()}
         return {
             self.layer: session.forced.get(label, BY_THRESHOLD),
@@ -303,7 +312,7 @@ class Page:
         }
 
     def force(self, session: Session | None, label: int | None, layer: str) -> dict[Any, Any]:
-        if session is None or session.looked is None or label is None:
+        if session is None or session.analysis is None or label is None:
             return {self.layers: gr.skip()}
         session.force(label, None if layer == BY_THRESHOLD else layer)
         return self._chosen(session, label)
@@ -311,31 +320,30 @@ class Page:
     # --- inversion, edits, downloads ---
 
     def run(self, session: Session | None) -> Iterator[dict[Any, Any]]:
-        if session is None or session.looked is None:
+        if session is None or session.analysis is None:
             yield {self.status: status("Drop an image to begin.")}
             return
         off, on = gr.update(interactive=False), gr.update(interactive=True)
-        still = gr.update(value=0, interactive=False)
+        reset = gr.update(value=0, interactive=False)
         yield {
             self.status: status("Inverting …", 0.0),
             self.invert: off,
             self.stop: on,
             self.save: off,
             self.files: gr.update(value=None, visible=False),
-            **dict.fromkeys(self.strengths, still),
+            **dict.fromkeys(self.strengths, reset),
             self.edited: None,
         }
         ended = yield from self._follow(session, session.invert)
-        again = gr.update(interactive=session.done is not None)
+        again = gr.update(interactive=session.inversion is not None)
         if ended:
-            before = None if session.done is None else shown(session, session.edit({}))
+            before = None if session.inversion is None else shown_generated(session, session.edit({}))
             yield {
                 self.status: ended, self.invert: on, self.stop: off, self.save: again,
                 **dict.fromkeys([self.result, self.edited], before), **dict.fromkeys(self.strengths, again),
             }  # fmt: skip
             return
-        assert session.done is not None
-        image = shown(session, session.edit({}))
+        image = shown_generated(session, session.edit({}))
         yield {
             self.status: status(f"{session.summary()} Now edit."),
             **dict.fromkeys([self.result, self.edited], image),
@@ -346,33 +354,33 @@ class Page:
         }
 
     def _follow(
-        self, session: Session, work: Callable[[studio.Tell], None]
+        self, session: Session, work: Callable[[OnProgress], Any]
     ) -> Generator[dict[Any, Any], None, str | None]:
-        """Shows how far `work` is; returns the status to show where it did not come to its end."""
+        """Shows the progress of `work`; returns the status to show if it did not finish, otherwise None."""
         try:
-            for told in studio.stream(work):
-                picture = {} if told.picture is None else {self.result: shown(session, told.picture)}
-                yield {self.status: status(f"{told.what}: {told.words}", told.share), **picture}
-        except studio.StoppedError:
+            for update in stream(work):
+                image = {} if update.image is None else {self.result: shown_generated(session, update.image)}
+                yield {self.status: status(f"{update.task}: {update.message}", update.fraction), **image}
+        except StoppedError:
             return status("Stopped.")
         except UserError as error:
-            return wrong(error)
+            return failure(error)
         return None
 
     def edit(self, session: Session | None, *strengths: float) -> Any:
-        if session is None or session.done is None:
+        if session is None or session.inversion is None:
             return gr.skip()
-        return shown(session, session.edit(self._named(strengths)))
+        return shown_generated(session, session.edit(self._named(strengths)))
 
     def prepare(self, session: Session | None, *strengths: float) -> Iterator[dict[Any, Any]]:
-        if session is None or session.done is None:
+        if session is None or session.inversion is None:
             yield {self.status: status("Invert an image first.")}
             return
         yield {self.status: status("Writing latents, images and the report …")}
         try:
-            paths = session.save(session.folder, self._named(strengths))
+            paths = session.save(session.directory, self._named(strengths))
         except UserError as error:
-            yield {self.status: wrong(error)}
+            yield {self.status: failure(error)}
             return
         yield {
             self.status: status("The files are ready."),
@@ -380,19 +388,28 @@ class Page:
         }
 
     def _named(self, strengths: Sequence[float]) -> dict[str, float]:
-        return dict(zip(self.shared.directions, strengths, strict=True))
+        return dict(zip(self.pipeline.directions, strengths, strict=True))
 
 
-def launch(shared: Studio, *, listen: bool, port: int | None, open_browser: bool) -> tuple[gr.Blocks, str]:
-    """Serves the page, to this machine only unless `listen`; the page and its address.
+def launch(pipeline: Pipeline, *, listen: bool, port: int | None, open_browser: bool) -> tuple[gr.Blocks, str]:
+    """Serves the page in threads of its own.
+
+    Args:
+      pipeline: that all users share.
+      listen: whether other machines can open the page.
+      port: of the page; the first free one from 7860 on if None.
+      open_browser: whether to open it in this machine's browser.
+
+    Returns:
+      The page and its address.
 
     Raises:
-      UserError: the port is taken.
+      UserError: the port cannot be used.
     """
-    theme = gradio.themes.Default(  # by the system's own fonts: nothing is loaded from elsewhere
+    theme = gradio.themes.Default(  # with the system's own fonts, so that the page loads nothing from other servers
         font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
     )
-    blocks = Page(shared).blocks.queue()
+    blocks = Page(pipeline).blocks.queue()
     try:
         _, address, _ = blocks.launch(
             server_name="0.0.0.0" if listen else "127.0.0.1", server_port=port, share=False, quiet=True,
@@ -401,6 +418,6 @@ def launch(shared: Studio, *, listen: bool, port: int | None, open_browser: bool
         )  # fmt: skip
     except OSError as error:
         raise UserError(
-            f"--port {port} cannot be used: give another, or none ({str(error).splitlines()[0]})"
+            f"--port {port} cannot be used: give another, or leave it out ({str(error).splitlines()[0]})"
         ) from error
     return blocks, address

@@ -1,7 +1,7 @@
-"""Where the time of an optimisation step goes, for `benchmark.py`: its parts, each compiled and timed alone.
+"""Where the time of an optimization step goes: its parts, each compiled and timed alone.
 
-Parts alone are not parts in place: together they are fused and run beside one another, so that a step may take less
-than their sum, or more where they crowd each other out of the caches.
+Together the parts are fused and run beside one another, so a step may take less than their sum, or more if they evict
+each other from the caches.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from operations import Operations, markdown, step_operations
+from steps import StepArguments, random_arguments
 
-from samjax import inversion, latents, losses
-from samjax.config import Precision
+from samjax import latents, losses, runtime
+from samjax.config import InversionConfig, Precision
 from samjax.nets import lpips
 from samjax.nets.stylegan2 import StyleGAN2Config
 
-if TYPE_CHECKING:
-    from benchmark import Operations
-
-COPIED = 1 << 28  # bytes of the array whose copying gives the device's rate
+_COPIED = 1 << 28  # bytes of the array whose copying gives the device's rate
+_FORWARD = {"synthesis, backward": "synthesis, forward", "LPIPS-VGG, backward": "LPIPS-VGG, forward"}
 
 
 class Part(NamedTuple):
-    """Seconds and bytes of one pass; operations are the convolutions' by `benchmark.step_operations`."""
+    """Seconds and bytes of one pass, and the operations of its convolutions."""
 
     seconds: float
     bytes: float
@@ -37,74 +37,69 @@ class Part(NamedTuple):
 
 
 class Parts:
-    """`parts(n)` gives {name: Part} as medians of n passes, and "copy" as that of a large array."""
+    """The parts of a step of one image: `parts(n)` returns {name: Part}, with medians of n passes.
 
-    def __init__(self, config: StyleGAN2Config, precision: Precision = "highest"):
-        from benchmark import OurStep  # which imports this module for its table
+    The entry "copy" is the copying of a large array.
+    """
 
-        step = OurStep(config, 1, precision)
-        self.device = step.device
-        self._programs = dict(_programs(*step.arguments, step.operations))
+    def __init__(self, config: StyleGAN2Config, precision: Precision = "highest") -> None:
+        runtime.keep_freed_memory()
+        arguments = random_arguments(config, InversionConfig(precision=precision))
+        self._programs = dict(_programs(arguments, step_operations(config)))
+        self.device = jax.devices()[0].device_kind
 
     def __call__(self, repeats: int) -> dict[str, Part]:
-        passes = {name: _time(program, arguments, repeats) for name, (program, arguments, _) in self._programs.items()}
         found = {}
-        for name, (program, _, operations) in self._programs.items():
-            whole = Part(passes[name], _bytes(program), operations)
-            there = found.get(_THERE.get(name, ""), Part(0.0, 0.0, 0))
-            found[name] = Part(whole.seconds - there.seconds, whole.bytes - there.bytes, operations)
+        for name, (program, arguments, operations) in self._programs.items():
+            # XLA counts the bytes that a program reads and writes.
+            moved = float((program.cost_analysis() or {}).get("bytes accessed", float("nan")))
+            found[name] = Part(_time(program, arguments, repeats), moved, operations)
+        for name, forward in _FORWARD.items():  # a gradient runs the forward pass as well
+            both, first = found[name], found[forward]
+            found[name] = Part(both.seconds - first.seconds, both.bytes - first.bytes, both.operations)
         return found
 
 
-_THERE = {"back to the latents": "synthesis", "back to the image": "LPIPS-VGG"}
-"""Of a way there and back the way there is taken off."""
-
-
-def _programs(
-    structure: inversion.Structure,
-    networks: inversion.Networks,
-    batch: inversion.Batch,
-    hyper: inversion.Hyperparameters,
-    operations: Operations,
-) -> Iterator[tuple[str, tuple[Any, tuple[Any, ...], int]]]:
-    """Of each part: the compiled program, its arguments, and the operations of its convolutions."""
-    size, shape, half = structure.loss_resolution, batch.targets.shape[1:3], structure.half_precision
+def _programs(step: StepArguments, operations: Operations) -> Iterator[tuple[str, tuple[Any, tuple[Any, ...], int]]]:
+    """The compiled program of each part, its arguments, and the operations of its convolutions."""
+    structure, networks, items, hyper, state = step
+    half, config = structure.half_precision, structure.generator
 
     def synthesis(start: dict[str, Array], params: Any, masks: Any, keys: Array) -> Array:
         return latents.synthesize_latents(
-            structure.generator, params, start, masks, noise=structure.noise, noise_keys=keys, half_precision=half
+            config, params, start, masks, noise=structure.noise, noise_keys=keys, half_precision=half
         ).image
 
     def squares(image: Array, targets: Array) -> Array:
-        return losses.mean_squares(losses.comparable(image, size, *shape), targets)
+        return losses.mean_squares(losses.comparable(image, structure.loss_resolution, *targets.shape[1:3]), targets)
 
     def perceptual(image: Array, params: Any, features: Any) -> Array:
         return lpips.distance(params, lpips.features(params, image, "vgg", half_precision=half), features)
 
-    def update(start: dict[str, Array], state: Any, prior: Any, offsets: Any) -> Any:
+    def update(start: dict[str, Array], adam: Any, prior: Any, offsets: Any) -> Any:
         def penalties(x: dict[str, Array]) -> Array:
             f_rec = hyper.lambda_f_rec * losses.offset_distance(x, offsets)
             return jnp.sum(f_rec + losses.delta(x["W+"]) + losses.prior_distance(prior, x["W+"]))
 
-        updates, state = optax.scale_by_adam().update(jax.grad(penalties)(start), state)
-        return jax.tree.map(lambda x, change: x - hyper.lr * change, start, updates), state
+        updates, adam = optax.scale_by_adam().update(jax.grad(penalties)(start), adam)
+        return jax.tree.map(lambda x, change: x - hyper.lr * change, start, updates), adam
 
-    def compiled(function: Callable[..., Any], *arguments: Any, operations: int = 0) -> Any:
+    def compiled(function: Any, *arguments: Any, operations: int = 0, gradient: bool = False) -> Any:
+        program = jax.grad(lambda *x: jnp.sum(function(*x))) if gradient else function
         with jax.default_matmul_precision(structure.precision):
-            return jax.jit(function).lower(*arguments).compile(), arguments, operations
+            return jax.jit(program).lower(*arguments).compile(), arguments, operations
 
-    back = lambda function: jax.grad(lambda *arguments: jnp.sum(function(*arguments)))  # noqa: E731
-    formed = (batch.start, networks.generator, batch.masks, batch.keys)
-    image = jnp.zeros((1, structure.generator.img_resolution, structure.generator.img_resolution, 3))
-    compared = (batch.targets, networks.lpips, batch.features)
-    yield "synthesis", compiled(synthesis, *formed, operations=operations.synthesis_forward)
-    yield "back to the latents", compiled(back(synthesis), *formed, operations=operations.synthesis_backward)
-    yield "resampling, squared error, and back", compiled(back(squares), image, batch.targets)
-    yield "LPIPS-VGG", compiled(perceptual, *compared, operations=operations.lpips_forward)
-    yield "back to the image", compiled(back(perceptual), *compared, operations=operations.lpips_backward)
-    state = optax.scale_by_adam().init(batch.start)
-    yield "penalties and Adam", compiled(update, batch.start, state, networks.prior, batch.start)
-    yield "copy", compiled(functools.partial(jnp.add, 1.0), jnp.zeros(COPIED // 4, jnp.float32))
+    keys = jax.vmap(jax.random.key)(items.seeds)
+    latent = (state.latents, networks.generator, items.masks, keys)
+    image = jnp.zeros((1, config.img_resolution, config.img_resolution, 3))
+    target = (items.targets, networks.lpips, items.features)
+    yield "synthesis, forward", compiled(synthesis, *latent, operations=operations.synthesis_forward)
+    yield "synthesis, backward", compiled(synthesis, *latent, operations=operations.synthesis_backward, gradient=True)
+    yield "resampling and squared error", compiled(squares, image, items.targets, gradient=True)
+    yield "LPIPS-VGG, forward", compiled(perceptual, *target, operations=operations.lpips_forward)
+    yield "LPIPS-VGG, backward", compiled(perceptual, *target, operations=operations.lpips_backward, gradient=True)
+    yield "penalties and Adam", compiled(update, state.latents, state.optimizer, networks.prior, items.start)
+    yield "copy", compiled(functools.partial(jnp.add, 1.0), jnp.zeros(_COPIED // 4, jnp.float32))
 
 
 def _time(program: Any, arguments: tuple[Any, ...], repeats: int) -> float:
@@ -116,19 +111,28 @@ def _time(program: Any, arguments: tuple[Any, ...], repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def _bytes(program: Any) -> float:
-    """That the program reads and writes, as XLA counts them."""
-    return float((program.cost_analysis() or {}).get("bytes accessed", float("nan")))
+def table(resolution: int, parts: Mapping[str, Part], step: float, rate: float) -> Iterator[str]:
+    """The parts in Markdown.
 
-
-def table(resolution: int, parts: dict[str, Part], step: float, rate: float) -> Iterator[str]:
-    """In Markdown: `step` seconds of the whole, `rate` operations a second of an ordinary convolution."""
+    Args:
+      resolution: image size of the generator.
+      parts: the parts, with the entry "copy".
+      step: seconds of a whole step.
+      rate: operations per second of an ordinary convolution.
+    """
     copy_rate = parts["copy"].bytes / parts["copy"].seconds
-    rates = f"GFLOP | s at {rate / 1e9:,.0f} GFLOP/s | GB | s at {copy_rate / 1e9:.0f} GB/s"
-    yield f"| {resolution} px, batch 1 | s | {rates} |"
-    yield "|---" + "|--:" * 5 + "|"
     rows = {name: part for name, part in parts.items() if name != "copy"}
     total = Part(*(sum(column) for column in zip(*rows.values(), strict=True)))
-    for name, part in {**rows, "together": total, "a step": total._replace(seconds=step)}.items():
-        computed = f"{part.operations / 1e9:.3g} | {part.operations / rate:.2f}" if part.operations else "– | –"
-        yield f"| {name} | {part.seconds:.2f} | {computed} | {part.bytes / 1e9:.2f} | {part.bytes / copy_rate:.2f} |"
+    rows |= {"together": total, "a step": total._replace(seconds=step)}
+    yield from markdown(
+        [
+            f"{resolution} px, batch 1", "s", "GFLOP", f"s at {rate / 1e9:,.0f} GFLOP/s", "GB",
+            f"s at {copy_rate / 1e9:.0f} GB/s",
+        ],
+        (
+            [name, f"{part.seconds:.2f}", f"{part.operations / 1e9:.3g}" if part.operations else "–",
+             f"{part.operations / rate:.2f}" if part.operations else "–", f"{part.bytes / 1e9:.2f}",
+             f"{part.bytes / copy_rate:.2f}"]
+            for name, part in rows.items()
+        ),
+    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The authors' optimisation step in PyTorch, with random weights, as `benchmark.py` times it.
+"""The authors' optimization step in PyTorch, with random weights, as `benchmark.py` times it.
 
-Nothing here is used by samjax. The generator and the way in which latents form an image are the authors' own code, from
-their checkouts; the loop around them is written anew after it: no-grad weights, random noise, area-resized image,
-squared error, LPIPS-VGG of both images at every step, offsets' penalty, Adam.
+The generator and the synthesis from latents are the authors' own code, from their checkouts. The loop around them is
+rewritten after theirs: frozen weights, random noise, area-resized image, squared error, LPIPS-VGG of both images at
+every step, the penalty of the offsets, Adam.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 def _old_setuptools() -> None:
-    """The checkout compares versions with `pkg_resources`, which setuptools no longer has."""
+    """Replaces `pkg_resources`, by which the checkout compares versions, and which setuptools no longer has."""
     if importlib.util.find_spec("pkg_resources") is None:
         module = types.ModuleType("pkg_resources")
         module.parse_version = lambda text: tuple(map(int, re.findall(r"\d+", text)[:3]))  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ def _old_setuptools() -> None:
 
 
 class Step:
-    """Optimises one image; `step(n)` runs n steps and gives the seconds they took."""
+    """Optimizes one image: called with a number of steps, returns the seconds they took."""
 
     def __init__(self, stylegan3: str, sam: str, resolution: int, channel_base: int, channel_max: int, threads: int):
         _old_setuptools()
@@ -91,7 +91,7 @@ class Step:
 
 
 def _lpips(torch: Any) -> Any:
-    """LPIPS-VGG with random weights: the time does not depend on them."""
+    """LPIPS-VGG with random weights, on which its time does not depend."""
     nn = torch.nn
 
     class Lpips(nn.Module):

@@ -16,98 +16,115 @@
 # # The same as the authors' PyTorch code?
 #
 # samjax is SAM (*Spatially-Adaptive Multilayer Selection for GAN Inversion and Editing*, CVPR 2022) in JAX. Here one
-# picture goes through the authors' PyTorch code and through ours, with the same weights and the same noise, and the
-# results are shown side by side: pictures, largest differences, seconds.
+# image goes through the authors' PyTorch code and through samjax, with the same weights and the same noise, and the
+# results are shown side by side: images, largest differences, seconds.
 #
 # The PyTorch half needs the authors' code and the networks of a category. Both are theirs, for non-commercial use; set
-# `FETCH` to get them (2 GB), or give the folders that you have. Without them that half is left out, and ours alone
-# inverts a picture of the embedded demo.
+# `FETCH` to download them (2 GB), or give the directories that you have. Without them that half is skipped, and samjax
+# alone inverts a scene of the embedded demo.
+#
+# The comparison is a program in samjax's source, `experiments/parity/compare_pytorch.py`, which the installed package
+# does not contain: open this notebook in a checkout, or set `CHECKOUT`.
 
 # %% tags=["parameters"]
-REPOSITORY = "https://github.com/samjax/samjax"  # cloned where samjax is not installed
+SAMJAX = None  # what to install if samjax is missing: a git address, or the path of a wheel that you upload
+CHECKOUT = None  # directory of samjax's source; None: the one that this notebook lies in
 
-FETCH = False  # True: fetches what the PyTorch half needs and is not there yet
+FETCH = False  # True: downloads what the PyTorch half needs and is missing
 REFERENCE = "sam_inversion"  # checkout of the authors' code, with its submodules
-WEIGHTS = None  # folder with the category's files under their authors' names; None: those of `ckpt_convert get`
+WEIGHTS = None  # directory with the category's files under their authors' names; None: those of `ckpt_convert get`
 DETECTRON2 = None  # checkout of detectron2, for cats; None: the installed one, or one beside REFERENCE
 
 CATEGORY = "cars"  # or "faces" or "cats"
-IMAGE = None  # path of your picture; None: one of the authors' samples
+IMAGE = None  # path of your image; None: one of the authors' samples
 THRESHOLD = None  # mean error up to which a segment may use a layer, or "auto"; None: the category's
-STEPS = 5  # of the optimisation that is compared: the first ones of the authors' 1001
+STEPS = 5  # of the optimization that is compared: the first ones of the authors' 1001
 
-DEMO_STEPS = None  # of our half alone; None: the demo's 100
-OUTPUT = "output/compare_pytorch"  # folder of the pictures and the table
+DEMO_STEPS = None  # of the inversion by samjax alone; None: the demo's 100
+OUTPUT = "output/compare_pytorch"  # directory of the figures and the table
 
 # %% [markdown]
-# Install samjax, if it is not there; on Colab this takes a minute or two. Should Colab ask you to restart the runtime,
-# do so and run all cells again.
+# Install samjax if it is missing; on Colab this takes a minute or two. If Colab asks you to restart the runtime, do so
+# and run all cells again.
 
 # %%
 import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-spec = importlib.util.find_spec("samjax")
-found = spec.origin if spec else None
-# The programs are no part of the installed package.
-places = [Path.cwd(), *Path.cwd().parents, *(Path(found).parents if found else ())]
-checkout = next((x for x in places if (x / "experiments" / "invert.py").is_file()), Path("samjax_checkout").resolve())
-if not checkout.is_dir():
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, checkout], check=True)
-if found is None:
+
+class MissingError(Exception):
+    def _render_traceback_(self):  # Jupyter shows these lines in place of a traceback
+        return [f"error: {self}"]
+
+
+if importlib.util.find_spec("samjax") is None:
+    if SAMJAX is None:
+        raise MissingError(
+            "samjax is not installed: set the parameter SAMJAX to its git address (https://HOST/OWNER/samjax.git), or "
+            "upload its wheel and set SAMJAX to the path of the file, then run the notebook again"
+        )
+    package = f"samjax[train] @ git+{SAMJAX.removeprefix('git+')}" if "://" in SAMJAX else f"{SAMJAX}[train]"
     driver = re.match(r"\d+", subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader"))
     if driver:
-        jax_for_this = "jax[cuda13]" if int(driver[0]) >= 580 else "jax[cuda12]"
+        accelerated = "jax[cuda13]" if int(driver[0]) >= 580 else "jax[cuda12]"
     else:
-        jax_for_this = "jax[tpu]" if importlib.util.find_spec("libtpu") else "jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{checkout}[train]", jax_for_this], check=True)
+        accelerated = "jax[tpu]" if importlib.util.find_spec("libtpu") else "jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package, accelerated], check=True)
     importlib.invalidate_caches()
-sys.path[:0] = [str(checkout / "experiments"), str(checkout / "experiments" / "notebooks")]
 
 # %%
-import json
+from pathlib import Path
 
-import notebook_tools
+program = Path("experiments") / "parity" / "compare_pytorch.py"
+places = [Path.cwd(), *Path.cwd().parents] if CHECKOUT is None else [Path(CHECKOUT).resolve()]
+checkout = next((place for place in places if (place / program).is_file()), None)
+if checkout is None:
+    raise MissingError(
+        f"{places[0]} does not lie in a checkout of samjax: set the parameter CHECKOUT to the directory that contains "
+        f"{program}, then run the notebook again"
+    )
+
+# %%
 from IPython.display import Image, Markdown, display
 
-output = notebook_tools.output_folder(OUTPUT)
+from samjax import Pipeline, demo, notebook, report
+
+output = notebook.output_directory(OUTPUT)
 if FETCH:
     if not Path(REFERENCE).is_dir():
         authors = "https://github.com/adobe-research/sam_inversion"
-        notebook_tools.stream(["git", "clone", "--quiet", "--recurse-submodules", authors, REFERENCE])
-    notebook_tools.stream([sys.executable, "-m", "pip", "install", "-q", f"{checkout}[compare]"])
-    notebook_tools.stream([sys.executable, "-m", "ckpt_convert", "get", CATEGORY])
+        notebook.run_command(["git", "clone", "--quiet", "--recurse-submodules", authors, REFERENCE])
+    notebook.run_command([sys.executable, "-m", "pip", "install", "-q", f"{checkout}[compare]"])
+    notebook.run_command([sys.executable, "-m", "ckpt_convert", "get", CATEGORY])
 
 # %% [markdown]
-# ## Their code and ours, stage by stage
+# ## Both, stage by stage
 #
-# Their script runs first, as it is, in a process of its own. Every stage of ours then starts from what theirs made in
-# the stages before it, so that an error shows where it arises. Both run on the CPU in float32, also where there is an
-# accelerator. This takes a few minutes. A line that begins with `error` says what is missing.
+# The authors' script runs first, unmodified, in a process of its own. Every stage of samjax then starts from the
+# authors' results of the stages before it, so that an error shows where it arises. Both run on the CPU in float32, also
+# if there is an accelerator. This takes a few minutes. A line that begins with `error` says what is missing.
 
 # %%
 samples = sorted(Path(REFERENCE).glob(f"test_images/{CATEGORY}/*.png"))
-demo_scene = checkout / "samjax" / "demo" / "samples" / "scene0.png"
-code = notebook_tools.run(
-    "compare_pytorch.py", ok=(0, 1, 2), reference=REFERENCE, image_category=CATEGORY, weights=WEIGHTS,
-    image_path=IMAGE or next(iter(samples), demo_scene), detectron2=DETECTRON2, threshold=THRESHOLD, steps=STEPS,
-    output_path=output / CATEGORY,
+code = notebook.run_program(
+    checkout / program, ok=(0, 1, 2), reference=REFERENCE, image_category=CATEGORY, weights=WEIGHTS,
+    image_path=IMAGE or next(iter(samples), demo.SAMPLES / "scene0.png"), detectron2=DETECTRON2, threshold=THRESHOLD,
+    steps=STEPS, output_path=output / CATEGORY,
 )  # fmt: skip
 both = code != 2
 verdicts = {
     0: "Every stage is within its tolerance.",
     1: "A stage is not within its tolerance: see the table.",
-    2: "The PyTorch half is off: the line above says what is missing. Ours runs alone, below.",
+    2: "The PyTorch half is off: the line above says what is missing. samjax runs alone, below.",
 }
 print(verdicts[code])
 
 # %% [markdown]
-# Pictures of both sides, where both ran. First the target, the image that the generator draws from the encoder's code,
-# and the image after the steps that were compared, which are only the first of 1001; then the error maps of W+, F4, F6,
-# F8 and F10, the segments and the layer of each, and an edit at strengths 0, 1, 2 and 3.
+# Images of both sides, if both ran. First the target, the generator's image of the encoder's code, and the image after
+# the steps that are compared, which are only the first of 1001; then the error maps of W+, F4, F6, F8 and F10, the
+# segments and their layers, and an edit at strengths 0, 1, 2 and 3.
 
 # %%
 captions = {"images": "Images", "maps": "Error maps", "layers": "Segments and layers", "edits": "Edits"}
@@ -115,25 +132,33 @@ for name, caption in captions.items() if both else ():
     display(Markdown(f"**{caption}**"), Image(output / CATEGORY / f"{name}.png"))
 
 # %% [markdown]
-# Largest differences. *Of the spread* means relative to the range of their values; what is timed ran once before, and
-# compilation is apart.
+# Largest differences. *Of the spread* means relative to the range of the authors' values. Seconds are those of a second
+# run; compilation is listed separately.
 
 # %%
 if both:
     display(Markdown((output / CATEGORY / "comparison.md").read_text()))
 
 # %% [markdown]
-# ## Ours alone
+# ## samjax alone
 #
-# Where the PyTorch half is off: a whole inversion of the embedded demo, which needs no files. W+ edits the car but
-# loses the strangers in the scene, F10 keeps them but ignores the edit, SAM keeps both.
+# If the PyTorch half is off: a whole inversion of the embedded demo, which needs no files. W+ edits the car but loses
+# the objects that the generator has not learned, F10 preserves them but ignores the edit, SAM does both.
 
 # %%
 if not both:
-    notebook_tools.run("invert.py", invertibility="measured", num_opt_steps=DEMO_STEPS, output_path=output)
-    display(Image(output / "scene0" / "comparison.png"))
-    (result,) = json.loads((output / "scene0" / "metrics.json").read_text())["thresholds"].values()
+    pipeline = Pipeline.from_pretrained("demo", invertibility="measured", num_opt_steps=DEMO_STEPS)
+    analysis = pipeline.analyze(
+        demo.SAMPLES / "scene0.png",
+        segments=demo.SAMPLES / "scene0_segments.png",
+        segment_names=demo.SEGMENT_NAMES,
+    )
+    inversion = pipeline.invert(analysis)
+    content = report.save_summary(
+        output / "scene0", [inversion], inversion, pipeline.edit_sweep(inversion), seed=0, seconds={}
+    )
+    notebook.show(report.comparison_figure(content))
     lines = ["| latent | LPIPS | PSNR, dB | SSIM |", "|---|--:|--:|--:|"]
-    for name, q in result["metrics"].items():
-        lines.append(f"| {name} | {q['LPIPS']:.3f} | {q['PSNR']:.2f} | {q['SSIM']:.3f} |")
+    for name, quality in content.metrics.items():
+        lines.append(f"| {name} | {quality['LPIPS']:.3f} | {quality['PSNR']:.2f} | {quality['SSIM']:.3f} |")
     display(Markdown("\n".join(lines)))

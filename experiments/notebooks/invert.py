@@ -15,144 +15,150 @@
 # %% [markdown]
 # # Invert an image into a StyleGAN2, and edit it
 #
-# A GAN can edit what it can draw. To edit a photograph, it is first *inverted*: latents are sought from which the
-# generator draws that photograph. Styles alone (W+) are easy to edit but lose what the generator has never seen; later
-# layers (F4, F6, F8, F10) keep everything but ignore edits. **SAM** (*Spatially-Adaptive Multilayer Selection for GAN
-# Inversion and Editing*, CVPR 2022) lets each segment of an image take the earliest layer that still reproduces it.
+# A GAN can edit the images that it generates. To edit another image, it is first *inverted*: latents are optimized from
+# which the generator reproduces it. Styles alone (W+) are easy to edit, but lose everything that the generator has not
+# learned; later layers (F4, F6, F8, F10) preserve it, but do not follow edits. **SAM** (*Spatially-Adaptive Multilayer
+# Selection for GAN Inversion and Editing*, CVPR 2022) chooses for each segment of an image the earliest layer that
+# still reproduces it.
 #
-# This notebook inverts and edits a scene of the embedded demo, then yours, on a CPU, a GPU or a TPU. On Colab,
-# choose one under *Runtime*, *Change runtime type*, then *Runtime*, *Run all*.
+# This notebook inverts and edits a scene of the embedded demo, then an image of yours, on a CPU, a GPU or a TPU. On
+# Colab, choose one under *Runtime*, *Change runtime type*, then *Runtime*, *Run all*.
 
 # %% tags=["parameters"]
-REPOSITORY = "https://github.com/samjax/samjax"  # cloned where samjax is not installed
+SAMJAX = None  # what to install if samjax is missing: a git address, or the path of a wheel that you upload
 
 IMAGE = None  # path of your image; None: on Colab you are asked for it, elsewhere another scene of the demo
-GENERATOR = None  # path of your StyleGAN2: .pkl, .pt, .safetensors, or a folder of ckpt_convert; None: as for IMAGE
-CATEGORY = None  # "cars", "faces" or "cats": the authors' networks instead, fetched once, for non-commercial use
-EDITS = None  # folder of edit directions for the generator; None: its own, or principal components of its styles
+GENERATOR = None  # path of your StyleGAN2: .pkl, .pt, .safetensors, or a converted directory; None: as for IMAGE
+CATEGORY = None  # "cars", "faces" or "cats": the authors' networks instead, downloaded once, for non-commercial use
+EDITS = None  # directory of directions for the generator; None: its own, or principal components of its styles
 
-THRESHOLD = None  # of your image; None: the category's. Choose it on the pictures below
-STEPS = None  # of an inversion; None: 100 for the demo, 340 for others
-STRENGTHS = (0.0, 1.0, 2.0, 3.0)  # of an edit, in multiples of its direction
-OUTPUT = "output"  # results go to a folder in it, with the name of your image
+THRESHOLD = None  # of your image; None: the category's. The figures below help to choose it
+STEPS = None  # of an inversion; None: 100 for the demo, 340 for other generators
+STRENGTHS = (0.0, 1.0, 2.0, 3.0)  # of an edit, as multiples of its direction
+OUTPUT = "output"  # results go to a directory in it that has the name of your image
 
 # %% [markdown]
-# Install samjax, if it is not there; on Colab this takes a minute or two. Should Colab ask you to restart the runtime,
-# do so and run all cells again.
+# Install samjax if it is missing; on Colab this takes a minute or two. If Colab asks you to restart the runtime, do so
+# and run all cells again.
 
 # %%
 import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-spec = importlib.util.find_spec("samjax")
-found = spec.origin if spec else None
-# The programs are no part of the installed package.
-places = [Path.cwd(), *Path.cwd().parents, *(Path(found).parents if found else ())]
-checkout = next((x for x in places if (x / "experiments" / "invert.py").is_file()), Path("samjax_checkout").resolve())
-if not checkout.is_dir():
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, checkout], check=True)
-if found is None:
+
+class MissingError(Exception):
+    def _render_traceback_(self):  # Jupyter shows these lines in place of a traceback
+        return [f"error: {self}"]
+
+
+if importlib.util.find_spec("samjax") is None:
+    if SAMJAX is None:
+        raise MissingError(
+            "samjax is not installed: set the parameter SAMJAX to its git address (https://HOST/OWNER/samjax.git), or "
+            "upload its wheel and set SAMJAX to the path of the file, then run the notebook again"
+        )
+    package = f"samjax[train] @ git+{SAMJAX.removeprefix('git+')}" if "://" in SAMJAX else f"{SAMJAX}[train]"
     driver = re.match(r"\d+", subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader"))
     if driver:
-        jax_for_this = "jax[cuda13]" if int(driver[0]) >= 580 else "jax[cuda12]"
+        accelerated = "jax[cuda13]" if int(driver[0]) >= 580 else "jax[cuda12]"
     else:
-        jax_for_this = "jax[tpu]" if importlib.util.find_spec("libtpu") else "jax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{checkout}[train]", jax_for_this], check=True)
+        accelerated = "jax[tpu]" if importlib.util.find_spec("libtpu") else "jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package, accelerated], check=True)
     importlib.invalidate_caches()
-sys.path[:0] = [str(checkout / "experiments"), str(checkout / "experiments" / "notebooks")]
-
-# %% [markdown]
-# The devices in use:
 
 # %%
-import dataclasses
+from pathlib import Path
 
 import jax
-import notebook_tools
-import studio
-from notebook_tools import running, show, show_row
-from studio import invert  # the program of this name, not this notebook
 
+from ckpt_convert import directions as direction_files
 from ckpt_convert import get
-from samjax import demo, directions
-from samjax.io import images, report
-
-print(*jax.devices(), sep="\n")
+from samjax import Pipeline, demo, directions, notebook, report
+from samjax.config import Options
+from samjax.io import images
+from samjax.session import Session
 
 # %% [markdown]
 # ## The demo
 #
-# A scene with a car, trees and a house. The demo's generator has learnt cars, roads and hills; trees and house are
-# strangers to it. It comes with an encoder, which says where W+ starts, and an invertibility predictor, which says how
-# badly each latent layer alone would reproduce each pixel; both are part of samjax, like the segments of this scene.
+# A scene with a car, trees and a house. The demo's generator has learned cars, roads and hills, but no trees and
+# houses. The demo also has an encoder, which gives the start of W+, and an invertibility predictor, which predicts the
+# error of each latent layer at each pixel. All of these are part of samjax, and so are the segments of this scene.
 #
-# The same steps are on the page that `experiments/app.py` opens, and in the program `experiments/invert.py`.
+# In a checkout of samjax, the page of `experiments/app/app.py` and the program `experiments/invert.py` do the same.
 
 # %%
-loaded = studio.load(invert.Settings(num_opt_steps=STEPS, edit_strengths=STRENGTHS))
-session = studio.open_image(loaded, demo.SAMPLES / "scene0.png", demo.SAMPLES / "scene0_segments.png")
-with running() as tell:
-    session.look(tell)
-show(report.segments_picture(session.preview()))
-show(report.invertibility_picture(session.preview()))
+pipeline = Pipeline.from_pretrained("demo", num_opt_steps=STEPS, edit_strengths=STRENGTHS)
+print(*jax.devices(), sep="\n")
+session = Session(
+    pipeline,
+    demo.SAMPLES / "scene0.png",
+    demo.SAMPLES / "scene0_segments.png",
+    segment_names=demo.SEGMENT_NAMES,
+)
+with notebook.progress() as on_progress:
+    session.analyze(on_progress)
+notebook.show(report.segments_figure(session.preview()))
+notebook.show(report.invertibility_figure(session.preview()))
 
 # %% [markdown]
-# Each segment takes the earliest layer whose mean error is at most a threshold. A low threshold asks for fidelity: more
-# segments take late layers. A high one asks for editability, up to where all take W+. Nothing has been inverted yet, so
-# trying thresholds costs nothing.
+# Each segment takes the earliest layer whose mean error is at most the threshold. A low threshold favors fidelity: more
+# segments take late layers. A high one favors editability, up to where all segments take W+. Nothing has been inverted
+# yet, so trying thresholds takes no time.
 
 
 # %%
 def show_thresholds(session):
-    """The layer of each segment at some thresholds; the session's own is among them."""
-    known = session.preview()
-    height, width = 160, round(160 * known.image.shape[1] / known.image.shape[0])
-    rows = {}
-    for session.threshold in report.shown_thresholds(dataclasses.replace(known, thresholds=())):
-        rows[f"threshold {session.threshold:.3g}"] = report.layers_overlay(session.preview(), height, width)
-    session.threshold = known.threshold
-    show_row(rows, height=160)
+    """Shows the layer of each segment at several thresholds, including that of the session."""
+    chosen, content = session.threshold, session.preview()
+    height, width = 160, round(160 * content.image.shape[1] / content.image.shape[0])
+    overlays = {}
+    for threshold in report.shown_thresholds(content):
+        session.threshold = threshold
+        overlays[f"threshold {threshold:.3g}"] = report.layers_overlay(session.preview(), height, width)
+    session.threshold = chosen
+    notebook.show_row(overlays, height=height)
 
 
 show_thresholds(session)
 
 # %% [markdown]
-# At the demo's own threshold the strangers take late layers, and the car an early one.
+# At the demo's own threshold, trees and house take late layers, and the car an early one.
 
 # %%
-show(report.layers_picture(session.preview()))
-with running() as tell:
-    session.invert(tell)
+notebook.show(report.layers_figure(session.preview()))
+with notebook.progress() as on_progress:
+    session.invert(on_progress)
 print(session.summary())
-show(report.comparison_picture(session.result()))
+content = session.describe()
+notebook.show(report.comparison_figure(content))
 
 # %% [markdown]
-# An edit moves W+ along a direction. Segments in early layers follow, those in late layers stay as they are. Directions
-# add up.
+# An edit moves W+ along a direction. Segments in early layers follow, those in late layers stay as they are. Several
+# directions can be combined.
 
 # %%
-show(report.edit_strip(session.result(), "blue_car"))
-show_row({"blue car at dusk": session.edit({"blue_car": 2.0, "dusk": 1.5})})
+notebook.show(report.edit_strip(content, "blue_car"))
+notebook.show_row({"blue car at dusk": session.full_size(session.edit({"blue_car": 2.0, "dusk": 1.5}))})
 
 # %% [markdown]
 # ## Your image
 #
-# On Colab, two dialogs ask for an image and for a generator, where the parameters above name none. A generator is the
-# file of a StyleGAN2 as NVIDIA's PyTorch or TensorFlow program or rosinality's writes it, converted here; nothing in it
-# is executed. Cancel goes on with the demo's. Large files come faster from Google Drive: mount it, and give the path.
+# On Colab, two dialogs ask for an image and a generator, unless the parameters above name them. A generator is the file
+# of a StyleGAN2 as NVIDIA's PyTorch or TensorFlow code or rosinality's writes it. It is converted here; nothing in it
+# is executed. Cancel continues with the demo's. For large files, mounting Google Drive and giving the path is faster.
 #
-# The image must show what the generator draws, framed as its training images were. Without a predictor for this
-# generator, an inversion in each layer measures the error maps, which takes as long as five inversions.
+# The image must show what the generator generates, framed as its training images were. Unless there is a predictor for
+# this generator, the error maps are measured by an inversion in each layer, which takes as long as five inversions.
 
 # %%
-image = Path(IMAGE or notebook_tools.upload("your image") or demo.SAMPLES / "scene1.png")
-generator = None if CATEGORY else GENERATOR or notebook_tools.upload("your generator")
+image = Path(IMAGE or notebook.upload("your image") or demo.SAMPLES / "scene1.png")
+generator = None if CATEGORY else GENERATOR or notebook.upload("your generator")
 if CATEGORY:
     get.get(CATEGORY, notify=print)
-settings = invert.Settings(
+options = Options(
     image_category=CATEGORY,
     gan_weights=Path(generator) if generator else None,
     edits_folder=Path(EDITS) if EDITS else None,
@@ -161,55 +167,62 @@ settings = invert.Settings(
     threshold=THRESHOLD,
     edit_strengths=STRENGTHS,
 )
-loaded = studio.load(settings)
-if not loaded.directions:  # the first principal components of W; `experiments/find_directions.py` finds others
-    config, params = loaded.nets.generator.config, loaded.nets.generator.params
+pipeline = Pipeline.from_options(
+    get.prepare(options),
+    name=Path(generator).name if generator else None,
+    notify=print,
+    read_directions=direction_files.read_folder,
+)
+if not pipeline.directions:  # the first principal components of W (GANSpace); `samjax.directions` has other methods
+    config, params = pipeline.generator.config, pipeline.generator.params
     found = directions.ganspace(directions.sample_styles(config, params, key=jax.random.key(0)), count=4)
-    ways = {f"component_{i}": directions.spread_over(vector, config) for i, vector in enumerate(found.vectors)}
-    loaded = loaded._replace(directions=ways)
+    pipeline.directions = {
+        f"component_{i}": directions.spread_over(vector, config) for i, vector in enumerate(found.vectors)
+    }
 
-session = studio.open_image(loaded, image)
-print(f"{image.name}: {loaded.config.num_opt_steps} steps for an inversion")
-with running() as tell:
-    session.look(tell)
-show(report.segments_picture(session.preview()))
-show(report.invertibility_picture(session.preview()))
+session = Session(pipeline, image)
+print(f"{image.name}: {pipeline.config.num_opt_steps} steps for an inversion")
+with notebook.progress() as on_progress:
+    session.analyze(on_progress)
+notebook.show(report.segments_figure(session.preview()))
+notebook.show(report.invertibility_figure(session.preview()))
 
 # %% [markdown]
-# Choose on these, write the number into the cell after them, and run from there; nothing above is needed again.
+# Choose a threshold from these figures, write it into the cell after them, and run from there. The cells above need not
+# run again.
 
 # %%
 show_thresholds(session)
 
 # %%
-session.threshold = loaded.threshold  # or your number
-# session.force(3, "F10")  # gives segment 3 a layer of your choice, whatever the threshold
-show(report.layers_picture(session.preview()))
+session.threshold = pipeline.category.threshold  # or another number
+# session.force(3, "F10")  # chooses the layer of segment 3 by hand
+notebook.show(report.layers_figure(session.preview()))
 
 # %%
-with running() as tell:
-    session.invert(tell)
+with notebook.progress() as on_progress:
+    session.invert(on_progress)
 print(session.summary())
-result = session.result()
-show(report.comparison_picture(result))
+content = session.describe()
+notebook.show(report.comparison_figure(content))
 
 # %%
-for name in loaded.directions:
-    show(report.edit_strip(result, name))
+for name in pipeline.directions:
+    notebook.show(report.edit_strip(content, name))
 
 # %% [markdown]
 # ## Results
 #
-# Latents, images at the generator's size, and `report.html`, which explains the result and opens anywhere, without
-# network. `edited.png` has the strengths below.
+# Latents, images at the generator's size, and a report, one HTML file that explains the result and opens anywhere,
+# also offline. The edited image has the strengths below.
 
 # %%
-strengths = {name: STRENGTHS[-1] if i == 0 else 0.0 for i, name in enumerate(loaded.directions)}
-folder = notebook_tools.output_folder(f"{OUTPUT}/{image.stem}")
-for path in session.save(folder, strengths):
+strengths = {name: STRENGTHS[-1] if i == 0 else 0.0 for i, name in enumerate(pipeline.directions)}
+directory = notebook.output_directory(f"{OUTPUT}/{image.stem}")
+for path in session.save(directory, strengths):
     print(path)
-for name in loaded.directions:
+for name in pipeline.directions:
     for strength in STRENGTHS:
         edited = session.full_size(session.edit({name: strength}))
-        images.save_png(folder / "edits" / f"{name}_{strength:g}.png", edited)
-print(notebook_tools.download(folder))
+        images.save_png(directory / "edits" / f"{name}_{strength:g}.png", edited)
+print(notebook.download(directory))

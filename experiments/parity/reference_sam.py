@@ -1,25 +1,25 @@
-"""Runs the authors' script on a CPU and keeps what each of its stages gives: their side of `compare_pytorch.py`.
+"""Runs the authors' script on a CPU and records the results of its stages: their side of `compare_pytorch.py`.
 
-    python experiments/reference_sam.py JOB.json      # a `Job`; compare_pytorch.py writes it
+    python experiments/parity/reference_sam.py JOB.json      # a `reference_job.Job`; compare_pytorch.py writes it
 
-Nothing here is used by samjax, and nothing is written into the checkouts. `src/sam_inv_optimization.py` runs as it is,
-in a folder laid out as its authors' instructions leave it, by links. Around it:
+Nothing is written into the checkouts. `src/sam_inv_optimization.py` runs unchanged, in a directory of links laid out as
+its authors' instructions leave it. Around it:
 
 - Tensors stay on the CPU wherever the code says cuda; files are read to the CPU too.
-- The generator's noise is its stored one: drawn anew at every step, as their script does, it cannot be compared.
-- What would be downloaded is not: weights of backbones that the networks' own files replace anyway are left out, and
-  LPIPS gets its VGG16 from the job.
-- e4e's compiled operations are stand-ins, as only its decoder has them: it is loaded, but its image, which their script
-  throws away, is not drawn.
-- The functions of each stage are wrapped, to keep their results and seconds; networks run twice, the second is timed.
+- The generator uses its stored noise: noise drawn anew at every step, as in their script, cannot be compared.
+- Nothing is downloaded: initial weights of backbones, which the networks' own files replace, are left out, and LPIPS
+  gets its VGG16 from the job.
+- e4e's compiled operations are replaced by stand-ins, because only its decoder uses them: it is loaded, but its image,
+  which their script discards, is not computed.
+- The functions of each stage are wrapped to record their results and seconds; networks run twice, and the second run is
+  timed.
 
-Their loaders execute code that files of weights carry: give it files that you trust.
+Their loaders execute code from weight files: use files that you trust.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -29,62 +29,20 @@ import runpy
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reference_job import NETS, TERMS, Job
 
 LAYERS = ("W+", "F4", "F6", "F8", "F10")
-TERMS = ("mse", "lpips", "mvg", "delta", "f_rec")
-NETS = (
-    "stylegan3", "encoder4editing", "pytorch-deeplab-xception", "semantic-segmentation-pytorch", "face-parsing.PyTorch"
-)  # fmt: skip
 ADE20K = "ckpt/ade20k-resnet50dilated-ppm_deepsup"
 PRIOR_SAMPLES = 5000
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is to be run; a JSON object of strings and numbers.
-
-    Attributes:
-      reference: checkout of adobe-research/sam_inversion with its submodules.
-      detectron2: checkout of it, where it is not installed.
-      category: "cars", "faces" or "cats".
-      weights: paths of the category's files by the names that their authors gave them.
-      vgg: .npz with `NAME.weight` [O, I, k, k] and `NAME.bias` of VGG16's convolutions, in the order of their names.
-      image: PNG of exactly the size that the category has.
-      height, width: that size.
-      direction: .npy, the edit to apply.
-      threshold: None for `balanced_threshold`.
-      steps: of the optimisation.
-      lr_rampup_length, lr_rampdown_length: of its learning rate, as in `samjax.config.InversionConfig`.
-      threads: of PyTorch.
-      seed: of the samples for the prior.
-      folder: where to lay out and to write; `output.npz` and `seconds.json` are the results.
-    """
-
-    reference: str
-    detectron2: str | None
-    category: str
-    weights: Mapping[str, str]
-    vgg: str
-    image: str
-    height: int
-    width: int
-    direction: str
-    threshold: float | None
-    steps: int
-    lr_rampup_length: float
-    lr_rampdown_length: float
-    threads: int
-    seed: int
-    folder: str
-
-
 def balanced_threshold(maps: np.ndarray, segments: np.ndarray) -> float:
-    """The threshold at which the layers share the picture most evenly, halfway between two means of segments.
+    """The threshold at which the layers share the image most evenly, halfway between two means of segments.
 
     Args:
       maps: [L, h, w] error maps, the most editable layer first.
@@ -104,11 +62,11 @@ def balanced_threshold(maps: np.ndarray, segments: np.ndarray) -> float:
     return best
 
 
-# --- a machine as the authors' code expects it ---
+# --- the environment that the authors' code expects ---
 
 
 def lay_out(job: Job) -> Path:
-    """Links the checkout and the files into `folder/work`, under the paths that the authors' code has in it."""
+    """Links the checkout and the files into `folder/work`, under the paths that the authors' code uses."""
     work, reference = Path(job.folder) / "work", Path(job.reference).resolve()
 
     def link(path: str, target: str | Path) -> None:
@@ -117,7 +75,7 @@ def lay_out(job: Job) -> Path:
 
     for file in (reference / "src").glob("*.py"):
         link(f"src/{file.name}", file)
-    ade20k = "semantic-segmentation-pytorch"  # files of weights go into this one
+    ade20k = "semantic-segmentation-pytorch"  # weight files are linked into this one
     for name in NETS:
         if name != ade20k:
             link(f"src/nets/{name}", reference / "src/nets" / name)
@@ -131,7 +89,7 @@ def lay_out(job: Job) -> Path:
 
 
 def module(name: str, **members: Any) -> types.ModuleType:
-    """A module that does not exist elsewhere."""
+    """Creates a module, and makes it importable."""
     made = types.ModuleType(name)
     vars(made).update(members)
     sys.modules[name] = made
@@ -139,10 +97,10 @@ def module(name: str, **members: Any) -> types.ModuleType:
 
 
 def replace_modules(torch: Any) -> None:
-    """Stand-ins for what is not installed, no longer exists, or would be compiled for CUDA."""
+    """Replaces modules that are not installed, no longer exist, or would be compiled for CUDA."""
 
     def never(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("the comparison has no need of this: it should not have been called")
+        raise RuntimeError("the comparison does not use this function, so it should not have been called")
 
     module("wget", download=never)
     if importlib.util.find_spec("pkg_resources") is None:  # gone from setuptools
@@ -166,7 +124,7 @@ def replace_modules(torch: Any) -> None:
 
 
 def replace_downloads(torch: Any, vgg: str) -> None:
-    """Nothing is fetched: see the module's text."""
+    """Replaces functions that download; see the module's description."""
     import torch.utils.model_zoo
     import torchvision  # type: ignore[import-not-found]
 
@@ -184,13 +142,13 @@ def replace_downloads(torch: Any, vgg: str) -> None:
 
 
 def read_to_cpu(torch: Any) -> None:
-    """`torch.load` as it was when the code was written: any pickle; and storages that were on a GPU come to the CPU."""
+    """Makes `torch.load` accept any pickle, as when the code was written, and load everything to the CPU."""
     load = torch.load
     torch.load = lambda *args, **options: load(*args, **({"weights_only": False} | options | {"map_location": "cpu"}))
 
 
 def stay_on_cpu(torch: Any) -> Any:
-    """A context in which `.cuda()` does nothing and any CUDA device is the CPU."""
+    """A context in which `.cuda()` does nothing and every CUDA device is the CPU."""
     from torch.overrides import TorchFunctionMode
 
     cpu = torch.device("cpu")
@@ -210,7 +168,7 @@ def stay_on_cpu(torch: Any) -> Any:
 
 
 def prepare_detectron2(job: Job) -> None:
-    """Detectron2 on the CPU, with its configurations and the given weights in place of downloads."""
+    """Makes detectron2 run on the CPU, with its checkout's configurations and the job's weights, not downloads."""
     if job.detectron2:
         sys.path.insert(0, job.detectron2)
     import detectron2.config  # type: ignore[import-not-found]
@@ -230,7 +188,7 @@ def prepare_detectron2(job: Job) -> None:
     model_zoo.get_checkpoint_url = lambda _: weights
 
 
-# --- what is kept ---
+# --- what is recorded ---
 
 
 class Record:
@@ -246,7 +204,7 @@ class Record:
         self.began = 0.0
 
     def timed(self, stage: str, function: Callable[..., Any], keep: Callable[..., Any], times: int = 1) -> Any:
-        """`function`, its last of `times` calls timed, its result given to `keep` along with its arguments."""
+        """Wraps a function: it runs `times` times, the last run is timed, and `keep` gets its result and arguments."""
 
         @functools.wraps(function)
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -261,25 +219,25 @@ class Record:
         return wrapped
 
     def term(self, name: str, value: Any) -> None:
-        """Adds to a loss term of this step."""
+        """Records a value of a loss term at this step."""
         if self.steps:
             self.steps[-1].setdefault(name, []).append(float(value.detach()))
 
     def terms(self) -> np.ndarray:
-        """[steps, 5] terms without their weights, in the order of `TERMS`; f_rec is the sum over its layers."""
+        """The terms [steps, 5] without their weights, in the order of `TERMS`; f_rec is summed over the layers."""
         for step in self.steps:
             step["f_rec"] = [sum(step["mse"][1:])]
         return np.array([[step[name][0] for name in TERMS] for step in self.steps])
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """[1, C, H, W] to [H, W, C]; others lose a leading axis of 1."""
+    """[1, C, H, W] to [H, W, C]; other tensors lose their leading axis of 1."""
     array = tensor.detach().cpu().numpy()[0]
     return array.transpose(1, 2, 0) if array.ndim == 3 else array
 
 
 def watch(record: Record, job: Job, torch: Any) -> None:
-    """Wraps the functions that the script is about to import."""
+    """Wraps the functions that the script will import."""
     import latent_utils  # type: ignore[import-not-found]
     import loss_utils  # type: ignore[import-not-found]
     import lpips  # type: ignore[import-not-found]
@@ -294,7 +252,7 @@ def watch(record: Record, job: Job, torch: Any) -> None:
 
 
 def watch_start(record: Record, job: Job, latent_utils: Any, torch: Any) -> None:
-    """The prior's statistics with the samples that they are taken from, and where W+ starts."""
+    """Records the prior's statistics, the samples that they are computed from, and the start of W+."""
     arrays, statistics = record.arrays, latent_utils.get_mvg_stats
 
     def seeded(*args: Any) -> Any:
@@ -302,7 +260,7 @@ def watch_start(record: Record, job: Job, latent_utils: Any, torch: Any) -> None
         return statistics(*args)
 
     def prior(found: Any, *_: Any) -> None:
-        torch.manual_seed(job.seed)  # the same samples again, as it draws them one by one
+        torch.manual_seed(job.seed)  # the same samples again; the script draws them one by one
         arrays["z"] = np.concatenate([torch.randn(1, 512).numpy() for _ in range(PRIOR_SAMPLES)])
         arrays.update({f"prior_{name}": value.numpy() for name, value in found.items()})
 
@@ -314,7 +272,7 @@ def watch_start(record: Record, job: Job, latent_utils: Any, torch: Any) -> None
 
 
 def watch_masks(record: Record, job: Job, mask_utils: Any) -> None:
-    """The layer of each pixel, at the job's threshold, and the masks."""
+    """Records the layer of each pixel, at the job's threshold, and the masks."""
     arrays, refine = record.arrays, mask_utils.refine
 
     def at_threshold(maps: Any, segments: Any, tau: float) -> Any:
@@ -337,7 +295,7 @@ def watch_masks(record: Record, job: Job, mask_utils: Any) -> None:
 
 
 def watch_images(record: Record, model_utils: Any) -> None:
-    """The image of the start, each step's beginning, and the edits with the latents that they start from."""
+    """Records the first image, the beginning of each step, and the edits with the latents that they edit."""
     arrays, form = record.arrays, model_utils.custom_forward
     edits: list[np.ndarray] = []
 
@@ -360,7 +318,7 @@ def watch_images(record: Record, model_utils: Any) -> None:
 
 
 def watch_loaders(record: Record, model_utils: Any, torch: Any) -> None:
-    """The functions that load networks: what they give is wrapped in turn."""
+    """Wraps the functions that load networks, and the networks that they return."""
     arrays, timed = record.arrays, record.timed
 
     def generator(*args: Any, function: Any = model_utils.load_generator) -> Any:
@@ -396,7 +354,7 @@ def watch_loaders(record: Record, model_utils: Any, torch: Any) -> None:
 
 
 def watch_losses(record: Record, loss_utils: Any, lpips: Any, torch: Any) -> None:
-    """The terms of each step, and when it ends."""
+    """Records the loss terms of each step, and when it ends."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def keeping(name: str, function: Any) -> Any:
@@ -405,7 +363,7 @@ def watch_losses(record: Record, loss_utils: Any, lpips: Any, torch: Any) -> Non
         @functools.wraps(function)
         def wrapped(*args: Any, **options: Any) -> Any:
             nonlocal inside
-            if inside:  # PyTorch calls its own functions once more, by name, inside a function mode
+            if inside:  # inside a function mode, PyTorch calls its own functions a second time
                 return function(*args, **options)
             inside = True
             value = function(*args, **options)
@@ -433,7 +391,7 @@ def watch_losses(record: Record, loss_utils: Any, lpips: Any, torch: Any) -> Non
 
 
 def run(job: Job) -> None:
-    """Runs the script; leaves `output.npz` and `seconds.json` in the job's folder."""
+    """Runs the script; writes `output.npz` and `seconds.json` to the job's directory."""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -441,7 +399,7 @@ def run(job: Job) -> None:
     replace_modules(torch)
     replace_downloads(torch, job.vgg)
     read_to_cpu(torch)
-    sys.path[0] = str(work / "src")  # in place of this file's folder
+    sys.path[0] = str(work / "src")  # replaces the directory of this file
     with contextlib.chdir(work), stay_on_cpu(torch):
         if job.category == "cats":
             prepare_detectron2(job)

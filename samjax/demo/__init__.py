@@ -24,6 +24,8 @@ ENCODER = FOLDER / "encoder.safetensors"
 PREDICTOR = FOLDER / "predictor.safetensors"
 SAMPLES = FOLDER / "samples"
 EDITS = FOLDER / "edits"
+SEGMENT_NAMES = dict(enumerate((*scenes.LABELS, "in front", "backdrop")))
+"""What the labels of the samples' segments show."""
 
 
 def load_generator() -> checkpoints.LoadedNetwork:

@@ -1,8 +1,8 @@
 """The demo's domain: cars in scenes, drawn from a vector of factors by signed distances.
 
-`render` draws a scene of the domain and the true segment labels; `render_hard` adds what a generator
-of the domain has never seen: things in front of the car, busy backgrounds, other lighting. Both are pure
-functions of arrays: they run under `jit` and `vmap`, on any device.
+`render` draws a scene of the domain and its true segments. `render_hard` adds what a generator of the domain has never
+seen: objects in front of the car, busy backgrounds, other lighting. Both are pure functions of arrays, and can be
+transformed by `jit` and `vmap`.
 
 Signed distances and their rounding follow Inigo Quilez, "2D distance functions".
 """
@@ -19,7 +19,7 @@ from jax.scipy.stats import norm
 
 FACTORS = (
     "horizon", "zenith", "brightness", "warmth",
-    "hill_height", "hill_phase", "hill_colour", "field_colour", "road",
+    "hill_height", "hill_phase", "hill_color", "field_color", "road",
     "red", "green", "blue", "position", "scale", "body", "roof", "bonnet",
 )  # fmt: skip
 """Names of the entries of a factor vector, in order."""
@@ -35,22 +35,26 @@ BACKDROP = 6
 
 
 class Scene(NamedTuple):
-    """A drawn scene: `image` [R, R, 3] in [-1, 1], `labels` [R, R] int32 (see `LABELS`)."""
+    """A drawn scene.
+
+    Attributes:
+      image: [R, R, 3] in [-1, 1].
+      labels: [R, R] int32; see `LABELS`.
+    """
 
     image: Array
     labels: Array
 
 
 def normalize_factors(z: Array) -> Array:
-    """Scales `z` [..., K] to a mean square of 1, as StyleGAN2's mapping does with its input.
+    """Scales `z` [..., K] to a mean square of 1, as StyleGAN2's mapping network does with its input.
 
-    Scenes are drawn from the normalised vector, so that a generator of this domain can tell all that decides
-    the picture.
+    Scenes are drawn from the normalized vector, so that an image depends on nothing that the generator cannot see.
     """
     return z * jax.lax.rsqrt(jnp.mean(jnp.square(z), axis=-1, keepdims=True) + 1e-8)
 
 
-# --- signed distances (negative inside), in units of the image's side ---
+# --- signed distances (negative inside), in units of the image size ---
 
 
 def _box(x: Array, y: Array, cx: float, cy: float, hx: float, hy: float, r: float) -> Array:
@@ -64,7 +68,7 @@ def _circle(x: Array, y: Array, cx: Array | float, cy: Array | float, r: Array |
 
 
 def _convex(x: Array, y: Array, corners: Array, r: float) -> Array:
-    """A convex polygon with corners rounded by about `r`; `corners` [V, 2] clockwise on a screen (y down)."""
+    """A convex polygon with corners rounded by about `r`; `corners` [V, 2] are clockwise, with y pointing down."""
     start, edge = corners, jnp.roll(corners, -1, axis=0) - corners
     normal = jnp.stack([edge[:, 1], -edge[:, 0]], -1) / jnp.linalg.norm(edge, axis=-1, keepdims=True)
     distance = (x[..., None] - start[:, 0]) * normal[:, 0] + (y[..., None] - start[:, 1]) * normal[:, 1]
@@ -77,14 +81,14 @@ def _mix(a: tuple[float, ...] | Array, b: tuple[float, ...] | Array, t: Array) -
 
 
 class _Canvas:
-    """Paints shapes in order; each `paint` gives a new canvas. Colours are in [0, 1] until `scene`."""
+    """An image in [0, 1] and its labels; each `paint` returns a new canvas with a shape on top."""
 
     def __init__(self, image: Array, labels: Array, pixel: Array | float):
         self.image, self.labels, self.pixel = image, labels, pixel
 
-    def paint(self, distance: Array, colour: Array, label: int | None = None, alpha: float = 1.0) -> _Canvas:
+    def paint(self, distance: Array, color: Array, label: int | None = None, alpha: float = 1.0) -> _Canvas:
         cover = jnp.clip(0.5 - distance / self.pixel, 0, 1)[..., None] * alpha
-        image = self.image * (1 - cover) + colour * cover
+        image = self.image * (1 - cover) + color * cover
         labels = self.labels if label is None else jnp.where(distance < 0, label, self.labels)
         return _Canvas(image, labels, self.pixel)
 
@@ -111,16 +115,16 @@ def _paint_backdrop(f: dict[str, Array], x: Array, y: Array) -> _Canvas:
     low = _mix((0.82, 0.90, 0.96), (0.99, 0.80, 0.62), f["warmth"])
     height = jnp.clip(y / horizon, 0, 1)[..., None]
     canvas = _Canvas(zenith * (1 - height) + low * height, jnp.zeros(x.shape, jnp.int32), 1.0 / x.shape[0])
-    # Two waves of fixed length whose crests slide with the phase: one ridge, never a jagged one.
+    # Two waves of fixed length whose crests move with the phase make a smooth ridge.
     phase = 2 * jnp.pi * 0.45 * (f["hill_phase"] - 0.5)
     wave = (
         0.5 + 0.35 * jnp.sin(2 * jnp.pi * 1.05 * x + 1.2 + phase) + 0.15 * jnp.sin(2 * jnp.pi * 2.3 * x - 0.4 + phase)
     )
     ridge = horizon - 0.03 - (0.04 + 0.10 * f["hill_height"]) * wave
-    hill = _mix((0.42, 0.55, 0.34), (0.47, 0.50, 0.62), f["hill_colour"])
+    hill = _mix((0.42, 0.55, 0.34), (0.47, 0.50, 0.62), f["hill_color"])
     haze = jnp.clip((y - ridge) / 0.16, 0, 1)[..., None]
     canvas = canvas.paint(ridge - y, hill * (1 - 0.35 * haze) + low * 0.35 * haze, 1)
-    field = _mix((0.40, 0.56, 0.26), (0.72, 0.62, 0.36), f["field_colour"])
+    field = _mix((0.40, 0.56, 0.26), (0.72, 0.62, 0.36), f["field_color"])
     canvas = canvas.paint(horizon - y, field * (1.04 - 0.9 * jnp.clip(y - horizon, 0, 0.2)[..., None]), 2)
     kerb = horizon + 0.085
     road = _mix((0.30, 0.30, 0.33), (0.50, 0.49, 0.48), f["road"])
@@ -130,7 +134,7 @@ def _paint_backdrop(f: dict[str, Array], x: Array, y: Array) -> _Canvas:
 
 
 def _corners(body: Array, roof: Array, bonnet: Array) -> Array:
-    """The cabin's corners: from a saloon (body 0) over a hatchback to a van (body 1)."""
+    """The corners of the cabin, from a saloon (body 0) to a van (body 1)."""
     saloon = jnp.asarray([(-0.225, -0.11), (-0.125, -0.245), (0.050, -0.245), (0.165, -0.11)])
     van = jnp.asarray([(-0.322, -0.11), (-0.305, -0.290), (0.095, -0.290), (0.215, -0.11)])
     corners = saloon + (van - saloon) * body
@@ -144,24 +148,24 @@ def _paint_car(canvas: _Canvas, f: dict[str, Array], x: Array, y: Array) -> _Can
     x, y = (x - 0.5 - 0.12 * (f["position"] - 0.5)) / size, (y - ground) / size
     pixel = canvas.pixel / size
     canvas = _Canvas(canvas.image, canvas.labels, pixel)
-    colour = 0.07 + 0.86 * jnp.stack([f["red"], f["green"], f["blue"]])
+    color = 0.07 + 0.86 * jnp.stack([f["red"], f["green"], f["blue"]])
     canvas = canvas.shade(_box(x, y, 0.0, 0.060, 0.33, 0.018, 0.018), 0.06, 0.5)
     cabin = _convex(x, y, _corners(f["body"], f["roof"], f["bonnet"]), 0.03)
     lit = (1.0 - 0.9 * jnp.clip(y + 0.20, -0.1, 0.25))[..., None]
-    canvas = canvas.paint(cabin, colour * lit, CAR)
+    canvas = canvas.paint(cabin, color * lit, CAR)
     pillar = jnp.abs(x + 0.045 + 0.055 * f["body"]) - 0.010
     glass = jnp.maximum(jnp.maximum(cabin + 0.024, y + 0.135), -pillar)
     sheen = jnp.clip((-y - 0.13) / 0.16, 0, 1)[..., None]
     canvas = canvas.paint(glass, _mix((0.14, 0.18, 0.23), (0.50, 0.60, 0.68), sheen))
     body = _box(x, y, 0.0, -0.070, 0.335, 0.068, 0.045)
-    canvas = canvas.paint(body, colour * lit, CAR)
-    canvas = canvas.paint(jnp.maximum(jnp.abs(y + 0.105) - 0.005, body + 0.012), colour * 0.6 + 0.36)
-    canvas = canvas.paint(jnp.maximum(jnp.abs(y + 0.018) - 0.012, body), colour * 0.45)
+    canvas = canvas.paint(body, color * lit, CAR)
+    canvas = canvas.paint(jnp.maximum(jnp.abs(y + 0.105) - 0.005, body + 0.012), color * 0.6 + 0.36)
+    canvas = canvas.paint(jnp.maximum(jnp.abs(y + 0.018) - 0.012, body), color * 0.45)
     canvas = canvas.paint(_box(x, y, 0.313, -0.085, 0.018, 0.016, 0.01), jnp.asarray((1.0, 0.95, 0.74)))
     canvas = canvas.paint(_box(x, y, -0.318, -0.085, 0.013, 0.016, 0.01), jnp.asarray((0.80, 0.12, 0.10)))
-    for centre in (-0.195, 0.200):
-        wheel = lambda radius, c=centre: _circle(x, y, c, 0.0, radius)  # noqa: E731
-        canvas = canvas.paint(jnp.maximum(wheel(0.080), body), colour * 0.25)
+    for center in (-0.195, 0.200):
+        wheel = lambda radius, c=center: _circle(x, y, c, 0.0, radius)  # noqa: E731
+        canvas = canvas.paint(jnp.maximum(wheel(0.080), body), color * 0.25)
         canvas = canvas.paint(wheel(0.068), jnp.full(3, 0.10), CAR)
         canvas = canvas.paint(wheel(0.040), jnp.full(3, 0.68))
         canvas = canvas.paint(wheel(0.014), jnp.full(3, 0.30))
@@ -169,7 +173,12 @@ def _paint_car(canvas: _Canvas, f: dict[str, Array], x: Array, y: Array) -> _Can
 
 
 def render(z: Array, resolution: int = 256) -> Scene:
-    """Draws the scene of the factor vector `z` [NUM_FACTORS] (standard normal) at `resolution` pixels a side."""
+    """Draws a scene of the domain.
+
+    Args:
+      z: factor vector [NUM_FACTORS], standard normal; see `FACTORS`.
+      resolution: image size.
+    """
     f = _values(z)
     x, y = _grid(resolution)
     canvas = _paint_car(_paint_backdrop(f, x, y), f, x, y)
@@ -178,12 +187,12 @@ def render(z: Array, resolution: int = 256) -> Scene:
 
 # --- hard scenes ---
 
-# Mixes three independent noises into mostly light and dark, some green against brown.
+# Mixes three independent noise channels, mostly into brightness, a little into green against brown.
 _LEAFY = np.array([[0.8, 0.9, 0.5], [-0.35, 0.3, -0.15], [0.15, 0.0, -0.1]], np.float32)
 
 
 def _noise(key: Array, cells: int, resolution: int, method: str) -> Array:
-    """Smooth or blocky noise in (-1, 1), [resolution, resolution, 3]."""
+    """Noise [resolution, resolution, 3] in (-1, 1), interpolated by `method`."""
     grid = jax.random.uniform(key, (cells, cells, 3), minval=-1.0, maxval=1.0)
     return jax.image.resize(grid, (resolution, resolution, 3), method)
 
@@ -212,28 +221,28 @@ def _paint_house(canvas: _Canvas, key: Array, ground: Array, x: Array, y: Array)
 def _paint_post(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) -> _Canvas:
     """A striped post with a round sign."""
     keys = jax.random.split(key, 2)
-    centre = jax.random.uniform(keys[0], (), minval=0.22, maxval=0.78)
-    colour = jax.random.uniform(keys[1], (3,), minval=0.1, maxval=0.95)
-    stripe = jnp.where(((y * 14) % 1 < 0.5)[..., None], colour, jnp.asarray((0.95, 0.95, 0.93)))
-    canvas = canvas.paint(_box(x, y, centre, foot - 0.20, 0.017, 0.20, 0.004), stripe, OCCLUDER)  # type: ignore[arg-type]
-    canvas = canvas.paint(_circle(x, y, centre, foot - 0.43, 0.062), jnp.asarray((0.93, 0.93, 0.90)), OCCLUDER)
-    canvas = canvas.paint(_circle(x, y, centre, foot - 0.43, 0.050), colour)
-    return canvas.paint(_box(x, y, centre, foot - 0.43, 0.033, 0.009, 0.002), jnp.full(3, 0.97))  # type: ignore[arg-type]
+    center = jax.random.uniform(keys[0], (), minval=0.22, maxval=0.78)
+    color = jax.random.uniform(keys[1], (3,), minval=0.1, maxval=0.95)
+    stripe = jnp.where(((y * 14) % 1 < 0.5)[..., None], color, jnp.asarray((0.95, 0.95, 0.93)))
+    canvas = canvas.paint(_box(x, y, center, foot - 0.20, 0.017, 0.20, 0.004), stripe, OCCLUDER)  # type: ignore[arg-type]
+    canvas = canvas.paint(_circle(x, y, center, foot - 0.43, 0.062), jnp.asarray((0.93, 0.93, 0.90)), OCCLUDER)
+    canvas = canvas.paint(_circle(x, y, center, foot - 0.43, 0.050), color)
+    return canvas.paint(_box(x, y, center, foot - 0.43, 0.033, 0.009, 0.002), jnp.full(3, 0.97))  # type: ignore[arg-type]
 
 
 def _paint_tree(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) -> _Canvas:
     """A trunk with bark and a crown of leaves."""
     keys = jax.random.split(key, 4)
-    centre = jax.random.uniform(keys[0], (), minval=0.18, maxval=0.82)
+    center = jax.random.uniform(keys[0], (), minval=0.18, maxval=0.82)
     size = canvas.image.shape[0]
     bark = jnp.asarray((0.36, 0.26, 0.18)) * (1 + 0.5 * jnp.sin(x * 420 + 3 * jnp.sin(y * 40)))[..., None]
-    trunk = jnp.abs(x - centre - 0.01 * jnp.sin(y * 20)) - 0.018 - 0.012 * jnp.clip((y - foot + 0.10) / 0.10, 0, 1)
+    trunk = jnp.abs(x - center - 0.01 * jnp.sin(y * 20)) - 0.018 - 0.012 * jnp.clip((y - foot + 0.10) / 0.10, 0, 1)
     canvas = canvas.paint(jnp.maximum(jnp.maximum(trunk, y - foot), foot - 0.46 - y), bark, OCCLUDER)
     ragged = 0.02 * _noise(keys[1], 20, size, "cubic")[..., 0]
     crown = jnp.minimum(
-        _circle(x, y, centre, foot - 0.52, 0.125),
+        _circle(x, y, center, foot - 0.52, 0.125),
         jnp.minimum(
-            _circle(x, y, centre - 0.085, foot - 0.46, 0.075), _circle(x, y, centre + 0.085, foot - 0.47, 0.08)
+            _circle(x, y, center - 0.085, foot - 0.46, 0.075), _circle(x, y, center + 0.085, foot - 0.47, 0.08)
         ),
     )
     tint = jax.random.uniform(keys[3], (3,), minval=0.0, maxval=1.0) * jnp.asarray((0.45, 0.15, 0.05))
@@ -242,35 +251,35 @@ def _paint_tree(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) ->
 
 
 def _paint_person(canvas: _Canvas, key: Array, foot: Array, x: Array, y: Array) -> _Canvas:
-    """Somebody with a checked coat, standing before the car."""
+    """A person in a checked coat, in front of the car."""
     keys = jax.random.split(key, 4)
-    centre = jax.random.uniform(keys[0], (), minval=0.2, maxval=0.8)
+    center = jax.random.uniform(keys[0], (), minval=0.2, maxval=0.8)
     coat = jax.random.uniform(keys[1], (3,), minval=0.1, maxval=0.9)
     trousers = jax.random.uniform(keys[2], (3,), minval=0.08, maxval=0.4)
     skin = jnp.asarray((0.45, 0.30, 0.22)) + jnp.asarray((0.50, 0.44, 0.40)) * jax.random.uniform(keys[3], ())
     for side in (-0.020, 0.020):
-        canvas = canvas.paint(_box(x, y, centre + side, foot - 0.075, 0.015, 0.08, 0.008), trousers, OCCLUDER)  # type: ignore[arg-type]
-        canvas = canvas.paint(_box(x, y, centre + 2.6 * side, foot - 0.20, 0.011, 0.065, 0.011), coat * 0.8, OCCLUDER)  # type: ignore[arg-type]
-    check = jnp.where((((x - centre) * 45 % 1 < 0.5) ^ (y * 45 % 1 < 0.5))[..., None], coat, 0.5 * coat + 0.45)
-    canvas = canvas.paint(_box(x, y, centre, foot - 0.205, 0.044, 0.075, 0.022), check, OCCLUDER)  # type: ignore[arg-type]
-    canvas = canvas.paint(_circle(x, y, centre, foot - 0.315, 0.033), skin, OCCLUDER)
-    hat = jnp.maximum(_circle(x, y, centre, foot - 0.322, 0.036), y - foot + 0.326)
+        canvas = canvas.paint(_box(x, y, center + side, foot - 0.075, 0.015, 0.08, 0.008), trousers, OCCLUDER)  # type: ignore[arg-type]
+        canvas = canvas.paint(_box(x, y, center + 2.6 * side, foot - 0.20, 0.011, 0.065, 0.011), coat * 0.8, OCCLUDER)  # type: ignore[arg-type]
+    check = jnp.where((((x - center) * 45 % 1 < 0.5) ^ (y * 45 % 1 < 0.5))[..., None], coat, 0.5 * coat + 0.45)
+    canvas = canvas.paint(_box(x, y, center, foot - 0.205, 0.044, 0.075, 0.022), check, OCCLUDER)  # type: ignore[arg-type]
+    canvas = canvas.paint(_circle(x, y, center, foot - 0.315, 0.033), skin, OCCLUDER)
+    hat = jnp.maximum(_circle(x, y, center, foot - 0.322, 0.036), y - foot + 0.326)
     return canvas.paint(hat, coat[::-1])
 
 
 def render_hard(z: Array, *, key: Array, resolution: int = 256) -> Scene:
-    """A scene that no generator of the domain has seen: `render`, with strangers in it.
+    """Draws a scene with objects that no generator of the domain has seen.
 
-    Behind the car stands a house, or the hills carry a forest; in front of it a post, a tree or a person
-    (sometimes two of them); and the light has another colour.
+    There is a house behind the car, or a forest on the hills; one or two of a post, a tree and a person in front of
+    the car; and the light has another color.
 
     Args:
-      z: [NUM_FACTORS], standard normal: the scene underneath.
-      key: decides the strangers.
-      resolution: pixels a side.
+      z: factor vector [NUM_FACTORS], standard normal, of the scene without these objects.
+      key: random key of the objects.
+      resolution: image size.
 
     Returns:
-      `Scene`; labels OCCLUDER and BACKDROP mark what was added, CAR what is still seen of the car.
+      The scene. Labels OCCLUDER and BACKDROP mark the objects, CAR the visible part of the car.
     """
     keys = jax.random.split(key, 8)
     f = _values(z)

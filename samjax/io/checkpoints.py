@@ -454,7 +454,7 @@ def to_device(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open_safetensors(path: str | Path) -> Iterator[Any]:
-    """Opens a file with safetensors' `safe_open`, and raises UserError for what is wrong with it."""
+    """Opens a file with safetensors' `safe_open`, and turns its errors into UserErrors."""
     from safetensors import SafetensorError, safe_open
 
     try:

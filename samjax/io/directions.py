@@ -33,14 +33,14 @@ def read(path: str | Path, num_ws: int, w_dim: int) -> np.ndarray:
     return check(_read_array(path), num_ws, w_dim, path)
 
 
-def check(array: np.ndarray, num_ws: int, w_dim: int, path: Path) -> np.ndarray:
+def check(array: np.ndarray, num_ws: int, w_dim: int, path: str | Path) -> np.ndarray:
     """Checks the array of a file, and broadcasts it over the styles.
 
     Args:
       array: of shape (1, num_ws, w_dim), (num_ws, w_dim), (1, w_dim) or (w_dim,).
       num_ws: number of styles that the generator takes.
       w_dim: dimension of a style.
-      path: of the file, for messages.
+      path: of the file, or another name for messages.
 
     Returns:
       [num_ws, w_dim] float32.

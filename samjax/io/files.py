@@ -256,4 +256,4 @@ def output_directory(path: str | Path) -> Path:
     return directory
 
 
-output_folder = output_directory
+output_folder = output_directory  # the name that callers still use

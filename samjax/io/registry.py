@@ -265,7 +265,7 @@ class _Resuming:
                 raise UserError(f"{url} gave a web page instead of the file")
             state.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
             if not state.read_text():
-                state.unlink()  # without it a changed file could not be told: not resumed
+                state.unlink()  # without it a changed file could not be detected: not resumed
             length = response.headers.get("Content-Length")
             total = have + int(length) if length else None
             with (

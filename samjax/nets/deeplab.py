@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from samjax.latents import LATENT_NAMES
 from samjax.nets import blocks
 from samjax.nets.blocks import Variables
 
 _STRIDES = (1, 2, 2, 1)  # of the stages; after the stem (stride 4) the last two are at 1/16
 _RATES = (6, 12, 18)  # dilations of the pyramid
 _HEAD_FEATURES = 4
+_LAYERS = ("W+", "F4", "F6", "F8", "F10")  # all that may have a head, as `samjax.latents.LATENT_NAMES`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PredictorConfig:
       low_level_width: channels to which the decoder reduces the output of the first stage.
     """
 
-    latent_names: tuple[str, ...] = LATENT_NAMES
+    latent_names: tuple[str, ...] = _LAYERS
     features: int = 8
     blocks: tuple[int, ...] = (3, 4, 23, 3)
     width: int = 64
@@ -50,8 +50,8 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         names = self.latent_names
-        if not names or len(set(names)) != len(names) or not set(names) <= set(LATENT_NAMES):
-            raise ValueError(f"latent_names must be some of {', '.join(LATENT_NAMES)}, each once, not {names}")
+        if not names or len(set(names)) != len(names) or not set(names) <= set(_LAYERS):
+            raise ValueError(f"latent_names must be some of {', '.join(_LAYERS)}, each once, not {names}")
         if len(self.blocks) != 4 or min(self.blocks) < 1:
             raise ValueError(f"blocks must be four numbers of at least 1, not {self.blocks}")
         for name in ("features", "width", "decoder_width", "low_level_width"):

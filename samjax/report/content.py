@@ -272,7 +272,10 @@ def layer_shares(content: Content) -> dict[str, float]:
 
 
 def heat_limit(content: Content) -> float:
-    """Upper end of the heat maps' common scale: the 98th percentile, rounded up to a multiple of 0.1."""
+    """Upper end of the error maps' common colour scale.
+
+    The 98th percentile of the errors or 1.2 times the threshold, whichever is larger, rounded up to a multiple of 0.1.
+    """
     high = float(np.quantile(np.nan_to_num(content.maps), 0.98))
     return max(math.ceil(max(high, content.threshold * 1.2) * 10 - 1e-6) / 10, 0.1)
 

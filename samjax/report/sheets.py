@@ -100,7 +100,8 @@ def outlines(labels: NDArray[np.integer], thickness: int) -> NDArray[np.bool_]:
     from skimage.morphology import isotropic_dilation
     from skimage.segmentation import find_boundaries
 
-    return isotropic_dilation(find_boundaries(labels, mode="thick"), thickness / 2 - 1)
+    edges = find_boundaries(labels, mode="thick")
+    return isotropic_dilation(edges, thickness / 2 - 1) if edges.any() else edges  # undefined for an empty image
 
 
 class Sheet:

@@ -88,7 +88,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     steps = max(config.warmup, 1)
     warmup = optax.linear_schedule(1 / steps, 1.0, steps - 1)
     cosine = optax.cosine_decay_schedule(config.lr, config.num_steps)
-    return lambda count: warmup(count) * cosine(count)
+    return lambda count: warmup(count) * cosine(jnp.asarray(count, jnp.float32))
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:

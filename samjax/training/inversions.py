@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from samjax import analysis, driver, losses
-from samjax.config import CategoryName, Fit, InversionConfig, Options, Precision, Preset, Segmenter, Start, resolve
+from samjax.config import CategoryName, Fit, InversionConfig, Options, Precision, Preset, Start, resolve
 from samjax.errors import UserError
 from samjax.inversion import Items
 from samjax.io import files, images
@@ -69,7 +69,7 @@ class DirectoryOptions:
         """Options of the pipeline that inverts the images."""
         names = {field.name for field in dataclasses.fields(Options)}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
-        return Options(**shared, invertibility="measured")
+        return Options(**shared, invertibility="measured", generate_edits=False)
 
 
 class DirectoryResult(NamedTuple):
@@ -120,7 +120,7 @@ def invert_directory(options: DirectoryOptions) -> DirectoryResult:
     Raises:
       UserError: bad options, there are no images, or results cannot be written.
     """
-    paths = images.image_files(options.image_folder)
+    paths = images.list_images(options.image_folder)
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     config = _config(options, pipeline)
     files.output_folder(options.output_path)

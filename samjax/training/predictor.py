@@ -132,10 +132,9 @@ def init(predictor: PredictorConfig, config: TrainConfig, variables: Variables |
       config: settings.
       variables: variables to start from; random ones if None.
     """
-    if variables is None:
-        key = jax.random.key(config.seed, impl="rbg")  # its programs compile several times faster
-        variables = jax.jit(deeplab.init, static_argnums=0)(predictor, key=key)
-    return TrainState(variables, optimizer(config).init(variables["params"]), jnp.zeros((), jnp.int32))
+    key = jax.random.key(config.seed, impl="rbg")  # its programs compile several times faster
+    first = jax.jit(deeplab.init, static_argnums=0)(predictor, key=key) if variables is None else variables
+    return TrainState(first, optimizer(config).init(first["params"]), jnp.zeros((), jnp.int32))
 
 
 def true_maps(params: Params, batch: Batch, net: lpips.Net) -> Array:

@@ -93,7 +93,7 @@ class EncoderOptions(loop.LoopOptions):
         """Options of the pipeline whose generator the encoder is for."""
         return Options(
             image_category=self.image_category, weights=self.weights, gan_weights=self.gan_weights,
-            lpips_type=self.lpips_type, invertibility="measured", start="mean",
+            lpips_type=self.lpips_type, invertibility="measured", start="mean", generate_edits=False,
         )  # fmt: skip
 
 
@@ -123,8 +123,8 @@ def train_encoder(options: EncoderOptions) -> Path:
     Raises:
       UserError: bad options or files, or the directory holds a run of other options.
     """
-    train_files = images.image_files(options.image_folder)
-    val_files = images.image_files(options.image_folder_val)
+    train_files = images.list_images(options.image_folder)
+    val_files = images.list_images(options.image_folder_val)
     place, part = loop.Placement(options.batch_size), (jax.process_index(), jax.process_count())
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     generator, networks = pipeline.generator.config, pipeline.networks
@@ -137,7 +137,7 @@ def train_encoder(options: EncoderOptions) -> Path:
     _check_settings(options.output_folder, {
         "encoder": network, "training": config, "batch_size": options.batch_size, "init": options.init,
         "data": [options.image_folder, options.image_folder_val], "images": [len(train_files), len(val_files)],
-        "fit": options.fit, "generator": provenance.fingerprint(generator, pipeline.generator.params),
+        "fit": options.fit, "generator": pipeline.fingerprint,
     })  # fmt: skip
     frozen = place.replicate(networks)
     read = functools.partial(data.image_samples, size=pipeline.category.target_size, fit=options.fit, seed=options.seed)

@@ -107,8 +107,8 @@
       one(".why", panel).textContent = "forced" in row.dataset
         ? `${data.layers[layer]} was chosen by hand, regardless of the threshold.`
         : isAbove(cells[layer])
-        ? `No layer has an error of at most ${state.text}, the threshold, so the last one is used.`
-        : `${data.layers[layer]} is the first layer with an error of at most ${state.text}, the threshold.`;
+        ? `No layer's error is at most the threshold of ${state.text}, so the last layer is used.`
+        : `${data.layers[layer]} is the first layer whose error is at most the threshold of ${state.text}.`;
     }
 
     function showThreshold(index) {

@@ -1,4 +1,4 @@
-"""What the programs share."""
+"""Process-wide settings: memory that is kept, and compiled programs that are found again."""
 
 import os
 import platform
@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
 FAULTS = """
-import resource, sys
-sys.path.insert(0, {folder!r})
-import cli, numpy as np
+import resource
+import numpy as np
+from samjax import runtime
 if {keep}:
-    cli.keep_freed_memory()
+    runtime.keep_freed_memory()
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(16 << 20, np.float32)
@@ -28,7 +26,7 @@ def test_keep_freed_memory():
     """A large piece that is allocated again is not mapped again, page by page."""
 
     def faults(keep: bool) -> int:
-        program = FAULTS.format(folder=str(EXPERIMENTS), keep=keep)
+        program = FAULTS.format(keep=keep)
         return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
 
     with_it, without = faults(True), faults(False)
@@ -37,10 +35,9 @@ def test_keep_freed_memory():
 
 
 COMPILES = """
-import sys
-sys.path.insert(0, {folder!r})
-import cli, jax
-cli.keep_compiled_programs()
+import jax
+from samjax import runtime
+runtime.keep_compiled_programs()
 jax.jit(lambda x: x + 1)(1.0)
 """
 
@@ -48,8 +45,7 @@ jax.jit(lambda x: x + 1)(1.0)
 def _kept(tmp_path: Path, **environment: str) -> list[str]:
     """What is in `tmp_path` after a program that compiles something."""
     environment = {**os.environ, "SAMJAX_CACHE": str(tmp_path / "cache"), **environment}
-    program = COMPILES.format(folder=str(EXPERIMENTS))
-    done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, check=True, capture_output=True, text=True)
     assert not done.stderr
     return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache"))
 

@@ -1,0 +1,137 @@
+"""Options, and how they are resolved: one function for every program."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from samjax.config import (
+    CATEGORIES,
+    Category,
+    InversionConfig,
+    Options,
+    default_batch_size,
+    required_roles,
+    resolve,
+    resolve_category,
+    segmenter_category,
+)
+from samjax.errors import UserError
+from samjax.nets.stylegan2 import StyleGAN2Config
+from samjax.testing import TINY, TINY_64
+
+OWN = Options(gan_weights=Path("own"))
+
+
+def test_presets_name_a_schedule_that_single_options_override():
+    def config(**changes) -> InversionConfig:
+        return resolve(dataclasses.replace(OWN, **changes), TINY_64).config
+
+    assert config(preset="reference") == config()  # a generator of one's own takes the authors' schedule
+    fast = config(preset="fast")
+    assert (fast.num_opt_steps, fast.lr, fast.lr_rampup_length) == (340, 0.2, 0.0)
+    assert config(preset="fast", lr=0.1) == dataclasses.replace(fast, lr=0.1)
+    assert config(lambda_mse=2.0, lpips_type="alex").lambda_mse == 2.0
+
+
+def test_the_layers_are_those_of_the_generator():
+    assert resolve(OWN, TINY_64).config.latent_names == ("W+", "F4", "F6")
+    assert resolve(dataclasses.replace(OWN, latent_names="F6"), TINY_64).config.latent_names == ("W+", "F6")
+    with pytest.raises(UserError, match="'F10'"):
+        resolve(dataclasses.replace(OWN, latent_names="W+,F10"), TINY_64)
+
+
+def test_a_generator_of_ones_own_has_its_own_sizes():
+    category = resolve(OWN, TINY_64).category
+    assert (category.name, category.resolution, category.target_size) == ("custom", 64, (64, 64))
+    assert resolve(OWN, StyleGAN2Config(1024)).category.target_size == (256, 256)
+    with pytest.raises(UserError, match="makes 64 px images, the category cars has 512 px"):
+        resolve(dataclasses.replace(OWN, image_category="cars"), TINY_64)
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "maps"),
+    [
+        (Options(), "encoder", "predicted"),  # the demo has both networks
+        (OWN, "mean", "measured"),
+        (dataclasses.replace(OWN, image_category="demo"), "mean", "measured"),  # which know the demo's generator only
+        (dataclasses.replace(OWN, e4e_path=Path("e"), inv_model_path=Path("p")), "encoder", "predicted"),
+        (dataclasses.replace(OWN, image_category="cars"), "encoder", "predicted"),
+        (Options(image_category="faces", start="best", invertibility="measured"), "best", "measured"),
+    ],
+)
+def test_where_maps_and_start_come_from(options, start, maps):
+    category = resolve_category(options)
+    assert (category.start, category.invertibility) == (start, maps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(image_category="custom"), "--gan_weights"),
+        (dataclasses.replace(OWN, start="encoder"), "--e4e_path"),
+        (dataclasses.replace(OWN, invertibility="predicted"), "--inv_model_path"),
+        (Options(threshold=float("nan")), "--threshold must be a finite number"),
+        (Options(lr=float("inf")), "--lr must be a finite number"),
+        (Options(num_opt_steps=0), "num_opt_steps must be at least 1"),
+        (Options(batch_size=0), "batch_size must be at least 1"),
+        (Options(invertibility_steps=0), "--invertibility_steps must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_meant(options, message):
+    with pytest.raises(UserError, match=message):
+        resolve(options, StyleGAN2Config(256))
+
+
+def test_measuring_takes_at_most_501_steps_unless_told_otherwise():
+    assert resolve(OWN, TINY).measure_steps == 501
+    assert resolve(dataclasses.replace(OWN, num_opt_steps=40), TINY).measure_steps == 40
+    assert resolve(dataclasses.replace(OWN, invertibility_steps=7), TINY).measure_steps == 7
+
+
+def test_the_threshold_is_laid_over_the_category():
+    assert resolve_category(Options(threshold=0.7)).threshold == 0.7
+    assert resolve_category(Options()).threshold == CATEGORIES["demo"].threshold
+
+
+def test_required_networks():
+    cars = Options(image_category="cars")
+    assert required_roles(cars) == ("generator", "encoder", "invertibility", "segmenter")
+    assert required_roles(cars, segmenter=False) == ("generator", "encoder", "invertibility")
+    assert required_roles(dataclasses.replace(cars, segmenter="slic", start="mean")) == ("generator", "invertibility")
+    given = dataclasses.replace(cars, gan_weights=Path("g"), e4e_path=Path("e"), inv_model_path=Path("i"))
+    assert required_roles(given) == ("segmenter",)
+    assert required_roles(Options()) == required_roles(OWN) == ()
+    assert segmenter_category("mask_rcnn") == "cats"
+
+
+def test_the_sweep_of_a_category():
+    assert Category("x", 256, threshold_range=(0.1, 0.2)).sweep() == (0.1, 0.125, 0.15, 0.175, 0.2, 1.0)
+
+
+def test_batches_divide_by_the_devices():
+    assert resolve(OWN, TINY, devices=2).config.batch_size == 2
+    with pytest.raises(UserError, match="--batch_size 3 does not divide by the 2 devices"):
+        resolve(dataclasses.replace(OWN, batch_size=3), TINY, devices=2)
+
+
+def test_as_many_items_as_fit_are_optimized_at_once(monkeypatch):
+    assert default_batch_size(TINY) == 1, "on a CPU"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    class Device:
+        def __init__(self, memory):
+            self.memory_stats = lambda: memory and {"bytes_limit": memory}
+
+    for memory, resolution, limit, expected in (
+        (None, 1024, 8, 8),
+        (80e9, 1024, 16, 16),
+        (12e9, 256, 8, 8),
+        (12e9, 1024, 8, 3),  # a free notebook's card, three quarters of its 16 GB
+        (1e9, 1024, 8, 1),
+    ):
+        monkeypatch.setattr(jax, "local_devices", lambda memory=memory: [Device(memory)])
+        assert default_batch_size(StyleGAN2Config(resolution), limit) == expected
