@@ -94,17 +94,9 @@ def find(
         return directions.ganspace(styles, count=args.count)
     if method == "sefa":
         return directions.sefa(config, params, styles, layers=layers, count=args.count)
-    if args.scores is not None and args.scorer is None:
-        seeds, scores = directions.read_scores(args.scores)
-        ws = directions.seed_styles(config, params, seeds)
-    elif args.scorer is not None and args.scores is None:
-        scorer = directions.load_scorer(args.scorer)
-        ws = directions.seed_styles(config, params, range(args.scored))
-        scores = directions.score(scorer, config, params, ws)
-    else:
-        raise UserError("--method supervised takes --scores, a CSV file with seed and score, or --scorer FILE.py:NAME")
+    ws, scores = directions.scored_styles(config, params, args.scores, args.scorer, args.scored)
     try:
-        return directions.fit(ws[:, 0], scores, styles)
+        return directions.fit(ws, scores, styles)
     except ValueError as error:
         raise UserError(f"scores: {error}") from error
 
@@ -120,14 +112,15 @@ def main(args: Arguments) -> None:
     found = find(args, method, layers, generator, styles)
 
     given = args.scores.stem if args.scores else args.scorer.rpartition(":")[2] if args.scorer else method
-    name, notes = args.name or given, {
+    name = args.name or given
+    notes = {
         "method": method,
         "layers": args.layers or f"0-{config.num_ws - 1}",
         "generator": args.generator.name if args.generator else "demo",
         "source": str(manifest.get("source", {}).get("sha256"))[:16],
         "samples": args.samples,
         "seed": args.seed,
-    }  # fmt: skip
+    }
     lpips_params = weights.load_lpips("alex")
     ws = directions.seed_styles(config, params, range(args.images), args.truncation_psi)
     rows = []

@@ -374,6 +374,34 @@ def score(
     return np.concatenate(scores)
 
 
+def scored_styles(
+    config: StyleGAN2Config, params: Params, scores: Path | None, scorer: str | None, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Styles and their scores, for `fit`.
+
+    Args:
+      config: sizes of the generator.
+      params: its parameters.
+      scores: a file for `read_scores`.
+      scorer: a function for `load_scorer`, instead.
+      count: number of images that the scorer gets, those of the first seeds.
+
+    Returns:
+      Styles [N, w_dim] and scores [N].
+
+    Raises:
+      UserError: neither a file nor a scorer is given, both are, or it does not work.
+    """
+    if scores is not None and scorer is None:
+        seeds, given = read_scores(scores)
+        return seed_styles(config, params, seeds)[:, 0], given
+    if scorer is not None and scores is None:
+        function = load_scorer(scorer)
+        ws = seed_styles(config, params, range(count))
+        return ws[:, 0], score(function, config, params, ws)
+    raise UserError("--method supervised takes --scores, a CSV file with seed and score, or --scorer FILE.py:NAME")
+
+
 # --- strength ---
 
 

@@ -25,7 +25,8 @@ from samjax.config import Options, resolve_category, with_preset
 from samjax.driver import Progress
 from samjax.errors import UserError
 from samjax.io import directions, files, images, provenance
-from samjax.pipeline import Pipeline, ReadDirections
+from samjax.loading import ReadDirections
+from samjax.pipeline import Pipeline
 from samjax.results import Inversion
 
 Result = TypeVar("Result")

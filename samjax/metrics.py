@@ -1,4 +1,4 @@
-"""How good a reconstruction is, and how much an edit changed; NumPy and scikit-image."""
+"""The quality of a reconstruction, and the effect of an edit; NumPy and scikit-image."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from numpy.typing import ArrayLike
 
 
 class Quality(NamedTuple):
-    """Of one reconstruction: mean squared error over [-1, 1], PSNR in decibels, SSIM; LPIPS (VGG) where known."""
+    """The quality of one reconstruction.
+
+    Attributes:
+      mse: mean squared error of values in [-1, 1].
+      psnr: peak signal-to-noise ratio in decibels.
+      ssim: structural similarity, 1 for equal images.
+    """
 
     mse: float
     psnr: float
     ssim: float
-    lpips: float | None = None
 
 
-def quality(reconstruction: ArrayLike, target: ArrayLike, lpips: float | None = None) -> Quality:
-    """Compares two images [H, W, 3] in [-1, 1] (clipped to it).
+def quality(reconstruction: ArrayLike, target: ArrayLike) -> Quality:
+    """Compares a reconstruction with its target.
 
-    SSIM is that of Wang et al. 2004 (Gaussian weights of sigma 1.5, over the three channels).
+    SSIM is that of Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004, with
+    Gaussian weights of sigma 1.5, over the three channels.
+
+    Args:
+      reconstruction: [H, W, 3], clipped to [-1, 1].
+      target: [H, W, 3], clipped to [-1, 1].
     """
     from skimage.metrics import structural_similarity
 
@@ -29,13 +39,19 @@ def quality(reconstruction: ArrayLike, target: ArrayLike, lpips: float | None = 
     ssim: Any = structural_similarity(
         x, y, data_range=2.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
-    return Quality(mse, float(10 * np.log10(4 / max(mse, 1e-12))), float(ssim), lpips)
+    return Quality(mse, float(10 * np.log10(4 / max(mse, 1e-12))), float(ssim))
 
 
 def edit_effect(edited: ArrayLike, reconstruction: ArrayLike, region: ArrayLike) -> float:
-    """Mean absolute change of colour inside `region`: images [H, W, 3] in [-1, 1], clipped; region [H, W] bool.
+    """Mean absolute change of color in a region.
 
-    Zero where the region is empty.
+    Args:
+      edited: [H, W, 3], clipped to [-1, 1].
+      reconstruction: [H, W, 3], the image before the edit, clipped to [-1, 1].
+      region: [H, W] bool.
+
+    Returns:
+      From 0 to 2; 0 if the region is empty.
     """
     x, y = (np.clip(np.asarray(a, np.float64), -1, 1) for a in (edited, reconstruction))
     inside = np.asarray(region, bool)

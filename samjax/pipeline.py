@@ -26,22 +26,21 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from samjax import analysis, driver, editing, layer_selection, losses, metrics, results, runtime, segmentation
+from samjax import analysis, driver, editing, layer_selection, loading, losses, metrics, results, runtime, segmentation
 from samjax.analysis import Analysis
 from samjax.config import (
     CATEGORIES,
     CLASSICAL_SEGMENTERS,
     Category,
+    InversionConfig,
     Options,
-    required_roles,
     resolve,
     resolve_category,
-    segmenter_category,
 )
 from samjax.driver import OnProgress
 from samjax.errors import UserError
 from samjax.inversion import Items, Networks, Terms
-from samjax.io import checkpoints, directions, files, images, provenance, registry, weights
+from samjax.io import checkpoints, directions, files, images, provenance, weights
 from samjax.io.checkpoints import LoadedNetwork
 from samjax.latents import init_latents, latent_layers, single_layer_masks
 from samjax.layer_selection import Assignment
@@ -52,9 +51,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     ImageLike = str | Path | Image.Image | ArrayLike
-
-ReadDirections = Callable[[Path, int, int], Mapping[str, np.ndarray]]
-"""From a directory, num_ws and w_dim to directions [num_ws, w_dim] by name."""
 
 
 class Pipeline:
@@ -76,7 +72,7 @@ class Pipeline:
 
     def __init__(
         self,
-        generator: LoadedNetwork | str | Path = "demo",
+        generator: LoadedNetwork | str | Path,
         *,
         encoder: LoadedNetwork | None = None,
         predictor: LoadedNetwork | None = None,
@@ -108,7 +104,7 @@ class Pipeline:
         runtime.configure()
         if not isinstance(generator, LoadedNetwork):
             name = name or Path(generator).name
-            generator = _demo_network("generator") if generator == "demo" else checkpoints.load_generator(generator)
+            generator = checkpoints.load_generator(generator)
         self.options = options or Options()
         category = category or resolve_category(
             self.options, generator=True, encoder=encoder is not None, predictor=predictor is not None
@@ -154,7 +150,7 @@ class Pipeline:
         segments_given: bool = False,
         max_batch_size: int = 8,
         notify: Callable[[str], None] | None = None,
-        read_directions: ReadDirections = directions.read_folder,
+        read_directions: loading.ReadDirections = directions.read_folder,
     ) -> Pipeline:
         """A pipeline with the networks and directions that options ask for.
 
@@ -170,24 +166,13 @@ class Pipeline:
           UserError: as `from_pretrained`.
         """
         category = resolve_category(options)
-        roles = required_roles(options, segmenter=not segments_given)
-        embedded = category.name == "demo" and options.gan_weights is None
-        generator = None
-        if options.gan_weights is not None:  # first: whether it fits is known without the other networks
-            generator = checkpoints.load_generator(options.gan_weights)
-            resolve(options, generator.config, category=category)
-        found = {role: registry.find_converted(category.name, role) for role in roles}
-        if embedded:
-            generator = _demo_network("generator")
-        generator = generator or checkpoints.load_generator(found["generator"])
+        parts = loading.load(options, category, segments_given=segments_given, read_directions=read_directions)
         return cls(
-            generator,
-            encoder=_learned("e4e", options.e4e_path, found.get("encoder")) if category.start == "encoder" else None,
-            predictor=_learned("invertibility", options.inv_model_path, found.get("invertibility"))
-            if category.invertibility == "predicted"
-            else None,
-            segmenter=None if segments_given else _segmenter(category.segmenter, options, found.get("segmenter")),
-            directions=_directions(options, category, embedded, generator, read_directions),
+            parts.generator,
+            encoder=parts.encoder,
+            predictor=parts.predictor,
+            segmenter=parts.segmenter,
+            directions=parts.directions,
             name=name or (category.name if options.gan_weights is None else options.gan_weights.name),
             category=category,
             options=options,
@@ -206,7 +191,7 @@ class Pipeline:
         maps: ArrayLike | None = None,
         ws: ArrayLike | None = None,
         name: str | None = None,
-        directory: Path | None = None,
+        directory: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> Analysis:
         """Finds the segments of an image, where W+ starts, and the error map of each latent layer.
@@ -264,7 +249,7 @@ class Pipeline:
         layers: Mapping[int, str] | None = None,
         segments: str | Path | ArrayLike | None = None,
         num_opt_steps: int | None = None,
-        directory: Path | None = None,
+        directory: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> Inversion:
         """Inverts an image: each segment takes the first layer whose mean error is at most a threshold.
@@ -301,7 +286,7 @@ class Pipeline:
         *,
         layers: Mapping[int, str] | None = None,
         segments: str | Path | ArrayLike | None = None,
-        directory: Path | None = None,
+        directory: str | Path | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[Inversion]:
         """Inverts one image at several thresholds; thresholds that choose the same layers are optimized once.
@@ -353,17 +338,21 @@ class Pipeline:
         assignments = [layer_selection.assign_layers(one.maps, one.segments, threshold) for one in known]
         layer_maps = np.concatenate([assignment.layer_maps for assignment in assignments])
         began = time.perf_counter()
-        latents, masks, terms = self._optimize(known, layer_maps, None, None, on_progress)
+        latents, terms = self._optimize(known, layer_maps, self.config, None, on_progress)
         seconds = (time.perf_counter() - began) / len(known)
-        made = self.render(latents, masks)
-        pick = lambda tree, i: {name: value[i : i + 1] for name, value in tree.items()}  # noqa: E731
         return [
             self._result(
-                one, threshold, {}, assignments[i], pick(latents, i), pick(masks, i), made[i],
-                Terms(*(term[:, i] for term in terms)), seconds, self._baselines(one),
+                one,
+                threshold,
+                {},
+                assignments[i],
+                {name: value[i : i + 1] for name, value in latents.items()},
+                Terms(*(term[:, i] for term in terms)),
+                seconds,
+                baselines=self._baselines(one),
             )
             for i, one in enumerate(known)
-        ]  # fmt: skip
+        ]
 
     def single_layers(self, known: Analysis) -> dict[str, Inversion]:
         """The inversions in each layer alone by which error maps were measured.
@@ -487,13 +476,12 @@ class Pipeline:
         )
         assignment = self._assign(known, [notes["threshold"]], notes["forced"])
         latents = {key.removeprefix("latent_"): a for key, a in arrays.items() if key.startswith("latent_")}
-        masks = layer_selection.stack_masks(assignment.layer_maps, self.layers)
-        return Inversion(
-            known, notes["category"], notes["config"], notes["measure_steps"], notes["generator"],
-            notes["fingerprint"], notes["threshold"], notes["forced"], assignment, latents, masks,
-            self.render(latents, masks)[0], Terms(*arrays["terms"]), notes["metrics"], notes["seconds"],
-            self._baselines(known),
+        loaded = self._result(
+            known, notes["threshold"], notes["forced"], assignment, latents, Terms(*arrays["terms"]), notes["seconds"],
+            baselines=self._baselines(known),
         )  # fmt: skip
+        as_saved = {key: notes[key] for key in ("category", "config", "measure_steps", "generator", "metrics")}
+        return dataclasses.replace(loaded, **as_saved)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -530,6 +518,11 @@ class Pipeline:
                     f"the encoder gives {given.num_styles} styles of {given.style_dim}, the generator takes "
                     f"{config.num_ws} of {config.w_dim}: they do not belong together"
                 )
+            if given.max_size < max(self.category.target_size):
+                raise UserError(
+                    f"the encoder takes images of at most {given.max_size} px, the target has "
+                    f"{max(self.category.target_size)} px: they do not belong together"
+                )
         if self.predictor is not None:
             known = self.predictor.config.latent_names
             if unknown := [name for name in self.config.latent_names if name not in known]:
@@ -542,7 +535,7 @@ class Pipeline:
         self,
         image: ImageLike | Analysis | Inversion,
         segments: Any,
-        directory: Path | None,
+        directory: str | Path | None,
         on_progress: OnProgress | None,
     ) -> Analysis:
         known = image.analysis if isinstance(image, Inversion) else image
@@ -582,7 +575,7 @@ class Pipeline:
             self.generator.config, self.networks, target[None], self.config, kind=kind, key=key
         )[0]
 
-    def _measured(self, known: Analysis, directory: Path | None, on_progress: OnProgress | None) -> Analysis:
+    def _measured(self, known: Analysis, directory: str | Path | None, on_progress: OnProgress | None) -> Analysis:
         """`known` with maps that are measured by an inversion in each layer, or were kept in `directory`."""
         path = None if directory is None else Path(directory) / "measured.npz"
         if path is not None and path.exists():
@@ -626,87 +619,83 @@ class Pipeline:
         forced: Mapping[int, str],
         *,
         num_opt_steps: int | None = None,
-        directory: Path | None = None,
+        directory: str | Path | None = None,
         on_progress: OnProgress | None = None,
         before: Inversion | None = None,
     ) -> list[Inversion]:
         """An inversion for each threshold; equal layer maps are optimized once, kept ones not again."""
         if num_opt_steps is not None and num_opt_steps < 1:
             raise UserError(f"num_opt_steps must be at least 1, not {num_opt_steps}")
+        config = dataclasses.replace(self.config, num_opt_steps=num_opt_steps or self.config.num_opt_steps)
         assignment = self._assign(known, thresholds, forced)
+        if directory is not None:
+            self._check_settings(known, directory)
+        continues = before is not None and np.array_equal(before.assignment.layer_maps, assignment.layer_maps)
+        begin = before.latents if before is not None and continues else None
+
         first, position = layer_selection.unique_layer_maps(assignment.layer_maps)
         if len(first) < len(thresholds):
             self._note(f"{len(thresholds)} thresholds give {len(first)} different layer maps")
         paths = [Path(directory) / f"latents_T{t:.3f}.npz" if directory else None for t in thresholds]
-        found = [self._kept(path, layer_map) for path, layer_map in zip(paths, assignment.layer_maps, strict=True)]
-        for threshold, arrays in zip(thresholds, found, strict=True):
-            if arrays is not None:
-                self._note(f"resuming: threshold {threshold:.3f} is done")
-        done = {k: arrays for k, arrays in zip(position, found, strict=True) if arrays is not None}
-        todo = [k for k in range(len(first)) if k not in done]
-        if todo:
-            chosen = assignment.layer_maps[[first[k] for k in todo]]
-            same = before is not None and np.array_equal(before.assignment.layer_maps, assignment.layer_maps)
-            began = time.perf_counter()
-            latents, _, terms = self._optimize(
-                [known] * len(todo), chosen, num_opt_steps, before.latents if before and same else None, on_progress
-            )
-            seconds = (time.perf_counter() - began) / len(todo)
-            for i, k in enumerate(todo):
-                done[k] = {f"latent_{name}": value[i : i + 1] for name, value in latents.items()} | {
-                    "terms": np.stack([term[:, i] for term in terms]),
-                    "seconds": np.asarray(seconds),
-                }
-        baselines, made = self._baselines(known), []
+        done: dict[int, dict[str, np.ndarray]] = {}
         for i, path in enumerate(paths):
+            kept = None if continues else self._kept(path, assignment.layer_maps[i], config.num_opt_steps)
+            if kept is not None:
+                self._note(f"resuming: threshold {thresholds[i]:.3f} is done")
+                done[position[i]], paths[i] = kept, None  # nothing to write
+        if todo := [k for k in range(len(first)) if k not in done]:
+            began = time.perf_counter()
+            chosen = assignment.layer_maps[[first[k] for k in todo]]
+            latents, terms = self._optimize([known] * len(todo), chosen, config, begin, on_progress)
+            seconds = np.asarray((time.perf_counter() - began) / len(todo))
+            for i, k in enumerate(todo):
+                done[k] = {f"latent_{name}": value[i : i + 1] for name, value in latents.items()}
+                done[k] |= {"terms": np.stack([term[:, i] for term in terms]), "seconds": seconds}
+
+        baselines, made = self._baselines(known), []
+        for i, threshold in enumerate(thresholds):
             arrays, layer_map = done[position[i]], assignment.layer_maps[i : i + 1]
-            if path is not None and found[i] is None:
+            if (path := paths[i]) is not None:
                 files.write_npz(path, {**arrays, "layer_map": layer_map[0]})
             latents = {name.removeprefix("latent_"): a for name, a in arrays.items() if name.startswith("latent_")}
-            masks = layer_selection.stack_masks(layer_map, self.layers)
             one = assignment._replace(layers=assignment.layers[i : i + 1], layer_maps=layer_map)
-            made.append(
-                self._result(
-                    known, thresholds[i], dict(forced), one, latents, masks, self.render(latents, masks)[0],
-                    Terms(*arrays["terms"]), float(arrays["seconds"]), baselines,
-                )
-            )  # fmt: skip
-        if num_opt_steps is not None:
-            config = dataclasses.replace(self.config, num_opt_steps=num_opt_steps)
-            made = [dataclasses.replace(one, config=config) for one in made]
+            terms, seconds = Terms(*arrays["terms"]), float(arrays["seconds"])
+            made.append(self._result(known, threshold, forced, one, latents, terms, seconds, baselines=baselines))
         return made
 
-    def _kept(self, path: Path | None, layer_map: np.ndarray) -> dict[str, np.ndarray] | None:
-        """A finished inversion of this layer map, if there is one at `path`."""
+    def _kept(self, path: Path | None, layer_map: np.ndarray, num_opt_steps: int) -> dict[str, np.ndarray] | None:
+        """A finished inversion of this layer map and length, if there is one at `path`."""
         if path is None or not path.exists():
             return None
         arrays = files.read_npz(path)
-        return arrays if "layer_map" in arrays and np.array_equal(arrays["layer_map"], layer_map) else None
+        fits = "layer_map" in arrays and np.array_equal(arrays["layer_map"], layer_map)
+        return arrays if fits and arrays["terms"].shape[1:] == (num_opt_steps,) else None
 
     def _optimize(
         self,
         known: Sequence[Analysis],
         layer_maps: np.ndarray,
-        num_opt_steps: int | None,
-        latents: Mapping[str, np.ndarray] | None,
+        config: InversionConfig,
+        begin: Mapping[str, np.ndarray] | None,
         on_progress: OnProgress | None,
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Terms]:
-        """Optimizes N items, each an analyzed image with a layer map [h, w]; latents, masks, and terms [steps, N].
+    ) -> tuple[dict[str, np.ndarray], Terms]:
+        """Optimizes N items, each an analyzed image with a layer map [h, w].
 
-        Optimization starts from `latents` (leading axis 1, for one item), or from where W+ starts if None.
+        Optimization starts from the latents `begin` of one item, or from where W+ starts if None.
+
+        Returns:
+          Latents [N, ...], and loss terms [steps, N].
         """
         masks = layer_selection.stack_masks(layer_maps, self.layers)
         start = init_latents(self.layers, jnp.asarray(np.stack([one.ws for one in known])))
         items = Items(np.stack([one.target for one in known]), masks, start, np.full(len(known), self.options.seed))
-        config = driver.even_batches(self.config, len(known))
-        if num_opt_steps is not None:
-            config = dataclasses.replace(config, num_opt_steps=num_opt_steps)
-        states = None if latents is None else driver.starting_states(items, latents, config)
+        config = driver.even_batches(config, len(known))
+        states = None if begin is None else driver.starting_states(items, begin, config)
         with _progress("SAM", on_progress) as watch:
-            found, terms = driver.run(
+            latents, terms = driver.run(
                 self.generator.config, self.networks, items, config, on_progress=watch, states=states
             )
-        return {name: np.asarray(value) for name, value in found.items()}, masks, terms
+        return {name: np.asarray(value) for name, value in latents.items()}, terms
 
     def _baselines(self, known: Analysis) -> dict[str, Inversion]:
         """The inversions in the first and in the last layer alone, if maps were measured by them."""
@@ -720,27 +709,48 @@ class Pipeline:
         singles = {name: array[i : i + 1] for name, array in known.singles.items() if name.startswith("latent_")}
         latents = {name.removeprefix("latent_"): array for name, array in singles.items()}
         masks = {name: np.asarray(mask)[i : i + 1] for name, mask in single_layer_masks(self.layers).items()}
-        return self._result(
-            known, threshold, forced, self._assign(known, [threshold], forced), latents, masks,
-            self.render(latents, masks)[0], Terms(*known.singles["terms"][:, :, i]),
-            float(known.singles.get("seconds", math.nan)), {},
-        )  # fmt: skip
+        assignment, terms = self._assign(known, [threshold], forced), Terms(*known.singles["terms"][:, :, i])
+        seconds = float(known.singles.get("seconds", math.nan))
+        return self._result(known, threshold, forced, assignment, latents, terms, seconds, masks=masks)
 
     def _result(
-        self, known: Analysis, threshold: float, forced: Mapping[int, str], assignment: Assignment,
-        latents: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], image: np.ndarray, terms: Terms,
-        seconds: float, baselines: Mapping[str, Inversion],
-    ) -> Inversion:  # fmt: skip
-        """The record of a finished inversion, with its metrics."""
+        self,
+        known: Analysis,
+        threshold: float,
+        forced: Mapping[int, str],
+        assignment: Assignment,
+        latents: Mapping[str, np.ndarray],
+        terms: Terms,
+        seconds: float,
+        *,
+        masks: Mapping[str, np.ndarray] | None = None,
+        baselines: Mapping[str, Inversion] | None = None,
+    ) -> Inversion:
+        """The record of finished latents: with the image they form, and its metrics."""
+        masks = layer_selection.stack_masks(assignment.layer_maps, self.layers) if masks is None else masks
+        image = self.render(latents, masks)[0]
         height, width = known.target.shape[:2]
         made = losses.comparable(jnp.asarray(image)[None], max(height, width), height, width)
         distance = float(_vgg_distance(self.vgg, made, jnp.asarray(known.target)[None])[0])
         quality = metrics.quality(np.asarray(made[0]), known.target)
-        figures = {"MSE": quality.mse, "PSNR": quality.psnr, "SSIM": quality.ssim, "LPIPS": distance}
         return Inversion(
-            known, self.category, self.config, self.measure_steps, self.name, self.fingerprint, threshold, forced,
-            assignment, latents, masks, image, terms, figures, seconds, baselines,
-        )  # fmt: skip
+            analysis=known,
+            category=self.category,
+            config=dataclasses.replace(self.config, num_opt_steps=len(terms.total)),
+            measure_steps=self.measure_steps,
+            generator=self.name,
+            fingerprint=self.fingerprint,
+            threshold=threshold,
+            forced=dict(forced),
+            assignment=assignment,
+            latents=latents,
+            masks=masks,
+            image=image,
+            terms=terms,
+            metrics={"MSE": quality.mse, "PSNR": quality.psnr, "SSIM": quality.ssim, "LPIPS": distance},
+            seconds=seconds,
+            baselines=baselines or {},
+        )
 
     def _edit(self, inversion: Inversion, vectors: np.ndarray, strengths: Sequence[float]) -> np.ndarray:
         """[D, S, R, R, 3] of directions [D, num_ws, w_dim]."""
@@ -762,7 +772,7 @@ class Pipeline:
             return directions.read(direction, *self.layers_shape)
         return directions.check(np.asarray(direction), *self.layers_shape, Path("the direction"))
 
-    def _check_settings(self, known: Analysis, directory: Path) -> None:
+    def _check_settings(self, known: Analysis, directory: str | Path) -> None:
         """Makes sure that what is in `directory` was made with the same settings."""
         settings = {
             **self.settings,
@@ -807,48 +817,6 @@ def _progress(description: str, on_progress: OnProgress | None) -> Iterator[OnPr
 def _vgg_distance(params: lpips.Params, x: Array, y: Array) -> Array:
     with jax.default_matmul_precision("highest"):
         return lpips.lpips(params, x, y, "vgg")
-
-
-# --- finding networks ---
-
-
-def _demo_network(role: str) -> LoadedNetwork:
-    from samjax import demo
-
-    paths = {"generator": demo.GENERATOR, "e4e": demo.ENCODER, "invertibility": demo.PREDICTOR}
-    return checkpoints.load_network(paths[role], role)
-
-
-def _learned(network: str, given: Path | None, found: Path | None) -> LoadedNetwork:
-    """An encoder or predictor: the one given, or the category's; the demo's are in the package."""
-    path = given or found
-    return _demo_network(network) if path is None else checkpoints.load_network(path, network)
-
-
-def _segmenter(name: str, options: Options, found: Path | None) -> segmentation.Segmenter:
-    if name in CLASSICAL_SEGMENTERS:
-        return segmentation.load(name)
-    path = found or registry.find_converted(segmenter_category(name), "segmenter")
-    return segmentation.load(name, checkpoints.load_network(path, name), swap_channels=options.swap_channels)
-
-
-def _directions(
-    options: Options, category: Category, embedded: bool, generator: LoadedNetwork, read: ReadDirections
-) -> Mapping[str, np.ndarray]:
-    """The directions that options ask for, by name."""
-    own = None
-    if embedded:
-        from samjax import demo
-
-        own = demo.EDITS
-    elif category.official:
-        own = registry.find_edits(category.name, options.weights)
-    directory = options.edits_folder or own
-    if options.generate_edits is False or (directory is None and not options.generate_edits):
-        return {}
-    if directory is None:
-        raise UserError("--generate_edits needs --edits_folder, a directory of directions")
-    return read(directory, generator.config.num_ws, generator.config.w_dim)
 
 
 def _source(network: LoadedNetwork | None) -> str | None:

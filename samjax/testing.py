@@ -71,8 +71,9 @@ def tiny_networks(config: StyleGAN2Config = TINY, net: lpips.Net = "alex", *, sa
 
 def tiny_encoder_config(generator: StyleGAN2Config = TINY) -> E4EConfig:
     """Sizes of a tiny encoder for a generator."""
+    depth = 1 if generator.img_resolution <= 32 else 2  # which limits the size of the images
     return E4EConfig(
-        generator.num_ws, generator.w_dim, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=4, head_depth=1
+        generator.num_ws, generator.w_dim, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=4, head_depth=depth
     )
 
 

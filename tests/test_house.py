@@ -19,7 +19,7 @@ THIN = ("invert", "invert_folder", "evaluate", "evaluate_learned", "generate", "
 LEVELS = (
     {"errors", "nets", "batching"},
     {"latents", "config", "layer_selection", "losses", "inversion", "editing", "metrics", "io"},
-    {"driver", "analysis", "segmentation", "runtime", "demo", "generation", "directions", "testing"},
+    {"driver", "analysis", "segmentation", "runtime", "demo", "generation", "directions", "testing", "loading"},
     {"results"},
     {"pipeline", "report"},
     {"session", "evaluation", "training", "notebook", "cli"},

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
+import invert
 import numpy as np
 import pytest
 from PIL import Image
 
+from samjax.errors import UserError
 from samjax.io import checkpoints, images
-from samjax.nets import deeplab, e4e, stylegan2
+from samjax.pipeline import Pipeline
+from samjax.testing import TINY_64, tiny_encoder, tiny_generator, tiny_predictor
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-
-@pytest.fixture(scope="module")
-def invert():
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        import invert
-
-        yield invert
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A generator of 64 px (W+, F4, F6), a picture, a label image and a direction."""
+    """A generator of 64 px (W+, F4, F6), an image, a label image and a direction."""
     folder = tmp_path_factory.mktemp("inputs")
-    config = stylegan2.StyleGAN2Config(64, z_dim=8, w_dim=8, mapping_layers=2, channel_base=256, channel_max=8)
-    checkpoints.save_safetensors(folder / "own.safetensors", config, stylegan2.init(config, key=jax.random.key(0)))
+    checkpoints.save_safetensors(folder / "own.safetensors", TINY_64, tiny_generator(TINY_64))
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (80, 100, 3), np.uint8)).save(folder / "photo.png")
     labels = np.zeros((80, 100), np.uint8)
@@ -46,7 +35,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def _arguments(invert, inputs, output, **changes):
+def _arguments(inputs, output, **changes):
     values = {
         "image_path": inputs / "photo.png",
         "gan_weights": inputs / "own.safetensors",
@@ -60,22 +49,10 @@ def _arguments(invert, inputs, output, **changes):
     return invert.Arguments(**{**values, **changes})
 
 
-def test_presets(invert, inputs, tmp_path):
-    """Each names a whole course, which single flags come before."""
-
-    def settled(**changes):
-        return invert.settle(_arguments(invert, inputs, tmp_path, num_opt_steps=None, **changes)).config
-
-    assert settled(preset="reference") == settled()  # a generator of one's own takes the authors' course
-    fast = settled(preset="fast")
-    assert (fast.num_opt_steps, fast.lr, fast.lr_rampup_length) == (340, 0.2, 0.0)
-    assert settled(preset="fast", lr=0.1) == dataclasses.replace(fast, lr=0.1)
-
-
 @pytest.fixture(scope="module")
-def finished(invert, inputs, tmp_path_factory):
+def finished(inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("output")
-    invert.main(_arguments(invert, inputs, output))
+    invert.main(_arguments(inputs, output))
     return output / "photo"
 
 
@@ -102,26 +79,26 @@ def test_latents_on_disk_give_the_reconstruction(finished):
         assert saved["layer_map"].shape == (64, 64)
 
 
-def test_the_same_command_resumes_and_another_threshold_adds(invert, inputs, finished, capsys):
+def test_the_same_command_resumes_and_another_threshold_adds(inputs, finished, capsys):
     measured = (finished / "measured.npz").stat().st_mtime_ns
-    invert.main(_arguments(invert, inputs, finished.parent))
+    invert.main(_arguments(inputs, finished.parent))
     out = capsys.readouterr().out
     assert "resuming: the single-layer inversions are done" in out
     assert "resuming: threshold 0.225 is done" in out
-    invert.main(_arguments(invert, inputs, finished.parent, threshold=0.9))
+    invert.main(_arguments(inputs, finished.parent, threshold=0.9))
     assert (finished / "latents_T0.900.npz").exists()
     assert (finished / "measured.npz").stat().st_mtime_ns == measured
 
 
-def test_a_sweep_runs_equal_layer_maps_once(invert, inputs, finished, capsys):
-    invert.main(_arguments(invert, inputs, finished.parent, sweep_thresholds=True, generate_edits=False))
+def test_a_sweep_runs_equal_layer_maps_once(inputs, finished, capsys):
+    invert.main(_arguments(inputs, finished.parent, sweep_thresholds=True, generate_edits=False))
     assert "different layer maps" in capsys.readouterr().out
     assert len(list(finished.glob("reconstruction_T*.png"))) >= 14
 
 
-def test_other_settings_in_the_same_folder_are_refused(invert, inputs, finished):
-    with pytest.raises(invert.UserError, match=r"other settings \(num_opt_steps\)"):
-        invert.main(_arguments(invert, inputs, finished.parent, num_opt_steps=4, invertibility_steps=3))
+def test_other_settings_in_the_same_folder_are_refused(inputs, finished):
+    with pytest.raises(UserError, match=r"other settings \(num_opt_steps\)"):
+        invert.main(_arguments(inputs, finished.parent, num_opt_steps=4, invertibility_steps=3))
 
 
 @pytest.mark.parametrize(
@@ -143,23 +120,23 @@ def test_other_settings_in_the_same_folder_are_refused(invert, inputs, finished)
         ({"threshold": float("nan")}, "threshold"),
     ],
 )
-def test_bad_input_is_found_before_anything_is_written(invert, inputs, tmp_path, changes, message):
-    with pytest.raises(invert.UserError, match=message):
-        invert.main(_arguments(invert, inputs, tmp_path / "out", **changes))
+def test_bad_input_is_found_before_anything_is_written(inputs, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        invert.main(_arguments(inputs, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
-def test_directions_of_another_generator_are_found_before_work_starts(invert, inputs, tmp_path):
+def test_directions_of_another_generator_are_found_before_work_starts(inputs, tmp_path):
     (tmp_path / "edits").mkdir()
     np.save(tmp_path / "edits" / "foreign.npy", np.zeros((1, 18, 512), np.float32))
-    with pytest.raises(invert.UserError, match=r"foreign\.npy"):
-        invert.main(_arguments(invert, inputs, tmp_path / "out", edits_folder=tmp_path / "edits"))
+    with pytest.raises(UserError, match=r"foreign\.npy"):
+        invert.main(_arguments(inputs, tmp_path / "out", edits_folder=tmp_path / "edits"))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_gives_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "invert.py", "--image-path", "missing.png", "--output_path", str(tmp_path / "out")]
-    ended = subprocess.run(command, cwd=EXPERIMENTS, capture_output=True, text=True, check=False)
+    command = [sys.executable, "experiments/invert.py", "--image-path", "missing.png", "--output_path", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: ")
@@ -167,21 +144,17 @@ def test_the_command_line_gives_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def looking(inputs, tmp_path_factory):
+def learned(tmp_path_factory):
     """An encoder and a predictor for that generator."""
-    folder = tmp_path_factory.mktemp("looking")
-    encoder = e4e.E4EConfig(10, style_dim=8, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=8, head_depth=2)
-    predictor = deeplab.PredictorConfig(
-        ("W+", "F4", "F6", "F8"), blocks=(1, 1, 1, 1), width=4, decoder_width=8, low_level_width=4
-    )
-    for name, config, net in (("e4e", encoder, e4e), ("predictor", predictor, deeplab)):
-        checkpoints.save_network(folder / name, config, net.init(config, key=jax.random.key(1)), {})
+    folder = tmp_path_factory.mktemp("learned")
+    for name, network in (("e4e", tiny_encoder(TINY_64)), ("predictor", tiny_predictor(("W+", "F4", "F6", "F8")))):
+        checkpoints.save_network(folder / name, network.config, network.params, {})
     return folder
 
 
-def test_with_encoder_and_predictor_nothing_is_inverted_twice(invert, inputs, looking, tmp_path, capsys):
-    changes = {"e4e_path": looking / "e4e", "inv_model_path": looking / "predictor", "paste_back": True}
-    invert.main(_arguments(invert, inputs, tmp_path, **changes))
+def test_with_encoder_and_predictor_nothing_is_inverted_twice(inputs, learned, tmp_path, capsys):
+    changes = {"e4e_path": learned / "e4e", "inv_model_path": learned / "predictor", "paste_back": True}
+    invert.main(_arguments(inputs, tmp_path, **changes))
     assert "single layers" not in capsys.readouterr().err
     folder = tmp_path / "photo"
     summary = json.loads((folder / "metrics.json").read_text())
@@ -189,31 +162,52 @@ def test_with_encoder_and_predictor_nothing_is_inverted_twice(invert, inputs, lo
     assert not (folder / "measured.npz").exists()
     assert images.image_size(folder / "pasted" / "reconstruction_T0.225.png") == (80, 100)
     assert images.image_size(folder / "pasted" / "up" / "T0.225_mul1.png") == (80, 100)
-    with pytest.raises(invert.UserError, match="encoder, invertibility, measure_steps, predictor, start"):
-        invert.main(_arguments(invert, inputs, tmp_path))
+    with pytest.raises(UserError, match="encoder, invertibility, measure_steps, predictor, start"):
+        invert.main(_arguments(inputs, tmp_path))
 
 
-def test_networks_that_do_not_belong_together_are_told(invert, inputs, looking, tmp_path):
+def test_networks_that_do_not_belong_together_are_told(inputs, learned, tmp_path):
     for changes, message in (
-        ({"inv_model_path": looking / "e4e"}, r"holds another network \(e4e encoder\)"),
-        ({"e4e_path": looking / "predictor"}, r"holds another network \(invertibility predictor\)"),
+        ({"inv_model_path": learned / "e4e"}, r"holds another network \(e4e encoder\)"),
+        ({"e4e_path": learned / "predictor"}, r"holds another network \(invertibility predictor\)"),
         ({"inv_model_path": inputs / "own.safetensors"}, r"holds another network \(generator\)"),
     ):
-        with pytest.raises(invert.UserError, match=message):
-            invert.main(_arguments(invert, inputs, tmp_path / "out", **changes))
-    other = e4e.E4EConfig(8, style_dim=8, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=8, head_depth=2)
-    checkpoints.save_network(tmp_path / "eight", other, e4e.init(other, key=jax.random.key(1)), {})
-    with pytest.raises(invert.UserError, match="gives 8 styles of 8, the generator takes 10 of 8"):
-        invert.main(_arguments(invert, inputs, tmp_path / "out", e4e_path=tmp_path / "eight"))
-    few = deeplab.PredictorConfig(("W+", "F6"), blocks=(1, 1, 1, 1), width=4, decoder_width=8, low_level_width=4)
-    checkpoints.save_network(tmp_path / "few", few, deeplab.init(few, key=jax.random.key(1)), {})
-    with pytest.raises(invert.UserError, match="no maps of F4"):
-        invert.main(_arguments(invert, inputs, tmp_path / "out", inv_model_path=tmp_path / "few"))
+        with pytest.raises(UserError, match=message):
+            invert.main(_arguments(inputs, tmp_path / "out", **changes))
+    eight = tiny_encoder()
+    checkpoints.save_network(tmp_path / "eight", eight.config, eight.params, {})
+    with pytest.raises(UserError, match="gives 8 styles of 8, the generator takes 10 of 8"):
+        invert.main(_arguments(inputs, tmp_path / "out", e4e_path=tmp_path / "eight"))
+    few = tiny_predictor(("W+", "F6"))
+    checkpoints.save_network(tmp_path / "few", few.config, few.params, {})
+    with pytest.raises(UserError, match="no maps of F4"):
+        invert.main(_arguments(inputs, tmp_path / "out", inv_model_path=tmp_path / "few"))
     assert not (tmp_path / "out").exists()
 
 
+def test_the_script_is_the_pipeline_to_the_bit(inputs, finished):
+    sam = Pipeline.from_pretrained(
+        inputs / "own.safetensors", edits_folder=inputs / "edits", num_opt_steps=3, lpips_type="alex"
+    )
+    result = sam.invert(inputs / "photo.png", segments=inputs / "labels.png")
+    with np.load(finished / "latents_T0.225.npz", allow_pickle=False) as saved:
+        for name, latent in result.latents.items():
+            np.testing.assert_array_equal(saved[f"latent_{name}"], latent)
+        np.testing.assert_array_equal(saved["terms"], np.stack(result.terms))
+    by_script = np.asarray(Image.open(finished / "reconstruction_T0.225.png"))
+    np.testing.assert_array_equal(np.asarray(result.reconstruction), by_script)
+    summary = json.loads((finished / "metrics.json").read_text())["thresholds"]["0.225"]
+    assert summary["metrics"]["SAM"] == dict(result.metrics)
+    assert {row["label"]: row["layer"] for row in summary["segments"]} == result.layers
+
+
+def test_images_in_progress(inputs, tmp_path):
+    invert.main(_arguments(inputs, tmp_path, save_intermediate=True, save_frequency=2, generate_edits=False))
+    assert [path.name for path in (tmp_path / "photo" / "intermediate").iterdir()] == ["step_00_0002.png"]
+
+
 @pytest.mark.slow
-def test_the_demo_shows_the_point_of_the_method(invert, tmp_path):
+def test_the_demo_shows_the_point_of_the_method(tmp_path):
     invert.main(invert.Arguments(output_path=tmp_path, invertibility="measured"))
     (summary,) = json.loads((tmp_path / "scene0" / "metrics.json").read_text())["thresholds"].values()
     lpips = {name: row["LPIPS"] for name, row in summary["metrics"].items()}
@@ -223,7 +217,7 @@ def test_the_demo_shows_the_point_of_the_method(invert, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demos_own_networks_do_nearly_as_well_as_measuring(invert, tmp_path):
+def test_the_demos_own_networks_do_nearly_as_well_as_measuring(tmp_path):
     lpips = {}
     for how in ("measured", "predicted"):
         invert.main(invert.Arguments(output_path=tmp_path / how, invertibility=how, generate_edits=False))

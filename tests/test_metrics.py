@@ -1,4 +1,4 @@
-"""Quality and edit effect against their definitions."""
+"""Quality and edit effect, compared with their definitions."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_overshoot_is_clipped():
     assert quality(np.full((32, 32, 3), 1.5), np.ones((32, 32, 3))).mse == 0
 
 
-def test_edit_effect_counts_inside_the_region_alone():
+def test_edit_effect_is_measured_in_the_region_only():
     before = np.zeros((8, 8, 3))
     after = before.copy()
     after[:4] = 0.5

@@ -298,7 +298,7 @@ def test_a_directory_keeps_what_is_done(network, image, labels, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": np.zeros((80, 100), np.uint8)}, "H, W, 3"),
+        ({"image": np.zeros((80, 100), np.uint8)}, "height, width, 3"),
         ({"image": np.full((80, 100, 3), 200.0)}, r"\[-1, 1\]"),
         ({"image": np.full((80, 100, 3), np.nan)}, "finite|NaN"),
         ({"image": np.zeros((80, 100, 3), np.int64)}, "uint8"),

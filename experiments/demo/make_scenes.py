@@ -2,7 +2,7 @@
 
     python experiments/demo/make_scenes.py --output_path runs/scenes/train --count 2000 --seed 30
 
-Writes OUTPUT_PATH/sceneSEED_NUMBER.png, a few dozen a second on two CPU cores. One in four scenes is easy, that is, one
+Writes OUTPUT_PATH/sceneSEED_NUMBER.png, about 20 a second on a CPU core. One in four scenes is easy, that is, one
 that the generator can draw; the others are hard, with things in them that the generator does not know.
 """
 

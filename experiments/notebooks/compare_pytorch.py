@@ -154,9 +154,8 @@ if not both:
         segment_names=demo.SEGMENT_NAMES,
     )
     inversion = pipeline.invert(analysis)
-    content = report.save_summary(
-        output / "scene0", [inversion], inversion, pipeline.edit_sweep(inversion), seed=0, seconds={}
-    )
+    edits = pipeline.edit_sweep(inversion, names=["blue_car"])
+    content = report.save_summary(output / "scene0", [inversion], inversion, edits, seed=0, seconds={})
     notebook.show(report.comparison_figure(content))
     lines = ["| latent | LPIPS | PSNR, dB | SSIM |", "|---|--:|--:|--:|"]
     for name, quality in content.metrics.items():

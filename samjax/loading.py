@@ -1,0 +1,89 @@
+"""Finds and loads the networks and directions that options ask for, in the form in which samjax stores them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from samjax import demo, segmentation
+from samjax.config import CLASSICAL_SEGMENTERS, Category, Options, required_roles, resolve, segmenter_category
+from samjax.errors import UserError
+from samjax.io import checkpoints, registry
+from samjax.io.checkpoints import LoadedNetwork
+
+ReadDirections = Callable[[Path, int, int], Mapping[str, np.ndarray]]
+"""From a directory, num_ws and w_dim to directions [num_ws, w_dim] by name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """What `load` finds.
+
+    Attributes:
+      generator: with its config.
+      encoder, predictor: None if W+ starts without an encoder, or if error maps are measured.
+      segmenter: None if segments are given with every image.
+      directions: [num_ws, w_dim] each, by name.
+    """
+
+    generator: LoadedNetwork
+    encoder: LoadedNetwork | None
+    predictor: LoadedNetwork | None
+    segmenter: segmentation.Segmenter | None
+    directions: Mapping[str, np.ndarray]
+
+
+def load(options: Options, category: Category, *, segments_given: bool, read_directions: ReadDirections) -> Parts:
+    """Loads everything that options ask for.
+
+    Args:
+      options: of the user.
+      category: of `resolve_category`.
+      segments_given: whether segments come with every image.
+      read_directions: reads a directory of directions.
+
+    Raises:
+      UserError: something is missing, damaged, or does not fit.
+    """
+    own = options.gan_weights is not None
+    generator = None
+    if options.gan_weights is not None:  # first: whether it fits is known without the other networks
+        generator = checkpoints.load_generator(options.gan_weights)
+        resolve(options, generator.config, category=category)
+    roles = required_roles(options, segmenter=not segments_given)
+    found = {role: registry.find_converted(category.name, role) for role in roles}
+    if generator is None:
+        generator = checkpoints.load_generator(found.get("generator", demo.GENERATOR))
+    encoder = predictor = None
+    if category.start == "encoder":
+        encoder = _learned("e4e", options.e4e_path or found.get("encoder"))
+    if category.invertibility == "predicted":
+        predictor = _learned("invertibility", options.inv_model_path or found.get("invertibility"))
+    segmenter = None if segments_given else _segmenter(category.segmenter, options, found.get("segmenter"))
+    directory = options.edits_folder
+    if directory is None and category.name == "demo" and not own:
+        directory = demo.EDITS
+    elif directory is None and category.official:
+        directory = registry.find_edits(category.name, options.weights)
+    directions: Mapping[str, np.ndarray] = {}
+    if options.generate_edits and directory is None:
+        raise UserError("--generate_edits needs --edits_folder, a directory of directions")
+    if options.generate_edits is not False and directory is not None:
+        directions = read_directions(directory, generator.config.num_ws, generator.config.w_dim)
+    return Parts(generator, encoder, predictor, segmenter, directions)
+
+
+def _learned(network: str, path: Path | None) -> LoadedNetwork:
+    """The encoder or predictor at a path; without one, the demo's."""
+    embedded = {"e4e": demo.ENCODER, "invertibility": demo.PREDICTOR}
+    return checkpoints.load_network(path or embedded[network], network)
+
+
+def _segmenter(name: str, options: Options, found: Path | None) -> segmentation.Segmenter:
+    if name in CLASSICAL_SEGMENTERS:
+        return segmentation.load(name)
+    path = found or registry.find_converted(segmenter_category(name), "segmenter")
+    return segmentation.load(name, checkpoints.load_network(path, name), swap_channels=options.swap_channels)
