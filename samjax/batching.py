@@ -10,7 +10,11 @@ import numpy as np
 
 
 def rows(count: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Indices [batch_size] of each batch of `count` items; the last batch is filled by repeating its last item."""
+    """Indices [batch_size] of each batch of `count` items; the last batch is filled by repeating its last item.
+
+    >>> [index.tolist() for index in rows(5, 2)]
+    [[0, 1], [2, 3], [4, 4]]
+    """
     for first in range(0, count, batch_size):
         yield np.minimum(np.arange(first, first + batch_size), count - 1)
 
@@ -35,6 +39,9 @@ def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int) ->
 
     Raises:
       ValueError: there are no items.
+
+    >>> map_batches(lambda x: x + 1, np.arange(3), batch_size=2)
+    array([1, 2, 3])
     """
     count = len(jax.tree.leaves(arrays)[0])
     if not count:

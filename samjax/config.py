@@ -149,7 +149,11 @@ class Category:
         return cls("custom", resolution, target_size=(size, size))
 
     def sweep(self, step: float = 0.025) -> tuple[float, ...]:
-        """The thresholds of a sweep: the range in steps, then 1, at which nearly every segment uses W+."""
+        """The thresholds of a sweep: the range in steps, then 1, at which nearly every segment uses W+.
+
+        >>> Category("x", 256, threshold_range=(0.1, 0.2)).sweep()
+        (0.1, 0.125, 0.15, 0.175, 0.2, 1.0)
+        """
         low, high = self.threshold_range
         count = round((high - low) / step) + 1
         return (*(round(low + i * step, 6) for i in range(count)), 1.0)
@@ -385,6 +389,10 @@ def resolve(
     Raises:
       UserError: values out of range, layers that the generator does not have, or a generator whose images do not have
         the category's size.
+
+    >>> settings = resolve(Options(preset="fast", lr=0.1), StyleGAN2Config(256))
+    >>> settings.category.name, settings.config.num_opt_steps, settings.config.lr
+    ('demo', 340, 0.1)
     """
     category = category or resolve_category(options)
     made = generator.img_resolution

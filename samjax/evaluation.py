@@ -156,11 +156,14 @@ def load(
 
 
 def load_direction(pipeline: Pipeline, direction: str | None = None) -> np.ndarray | None:
-    """The direction whose effect is measured, [num_ws, w_dim].
+    """The direction whose effect is measured.
 
     Args:
-      pipeline: whose directions are known by name.
-      direction: its name, or a file; that of the demo's "blue_car" if None, and no direction without that.
+      pipeline: its directions are known by name.
+      direction: its name, or a file; "blue_car" if None.
+
+    Returns:
+      [num_ws, w_dim], or None if none is asked for and the pipeline does not have "blue_car".
 
     Raises:
       UserError: neither a name nor a file of a direction.
@@ -352,7 +355,7 @@ def run(
       function: evaluates one.
       directory: of the files NAME_SETTINGS.json.
       settings: of `fingerprint`.
-      read: makes the function's result of its JSON form, in which NaN is None: `read_rows` or `read_learned_row`.
+      read: `read_rows` or `read_learned_row`, from the JSON form of a result, in which NaN is None.
 
     Returns:
       Results by name of the image.

@@ -40,6 +40,9 @@ def parse_seeds(text: str) -> list[int]:
 
     Raises:
       UserError: another syntax, a range that runs backwards, a seed above 2^32 - 1, or too many seeds.
+
+    >>> parse_seeds("0-3,12,2")
+    [0, 1, 2, 3, 12]
     """
     seeds: dict[int, None] = {}
     for part in text.split(","):

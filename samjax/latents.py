@@ -70,6 +70,9 @@ def parse_latent_names(text: str, config: StyleGAN2Config | None = None) -> tupl
 
     Raises:
       UserError: a name that is no latent layer, or none of this generator's.
+
+    >>> parse_latent_names("F10, F4")
+    ('W+', 'F4', 'F10')
     """
     valid = LATENT_NAMES if config is None else tuple(layer.name for layer in latent_layers(config))
     names = [name.strip() for name in text.split(",") if name.strip()]

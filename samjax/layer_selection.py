@@ -99,6 +99,11 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
 
     Raises:
       ValueError: maps and segments of different size.
+
+    >>> maps = [[[0.1, 0.9]], [[0.1, 0.3]], [[0.1, 0.2]]]  # of W+, F4 and F6
+    >>> chosen = assign_layers(maps, [[7, 9]], [0.25, 0.4])
+    >>> chosen.values.tolist(), chosen.layers.tolist()
+    ([7, 9], [[0, 2], [0, 1]])
     """
     maps = np.asarray(maps, np.float32)
     labels, values = contiguous(segments)
@@ -133,6 +138,9 @@ def unique_layer_maps(layer_maps: ArrayLike) -> tuple[list[int], list[int]]:
 
     Returns:
       Indices of the first of each distinct map, in order; and for each of the T maps its position among these.
+
+    >>> unique_layer_maps([[[0, 1]], [[2, 2]], [[0, 1]]])
+    ([0, 1], [0, 1, 0])
     """
     seen: dict[bytes, int] = {}
     first: list[int] = []

@@ -136,6 +136,9 @@ def full_size(images: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Returns:
       [..., H, W, C] with the proportions of the target; the longer side is R, or the target's if R is smaller.
+
+    >>> full_size(np.zeros((512, 512, 3)), 192, 256).shape
+    (384, 512, 3)
     """
     size = images.shape[-2]
     factor = max(size // max(height, width), 1)

@@ -177,8 +177,8 @@ def instances(
 
     Returns:
       A segmenter: compiled once for each size of the resized image's canvas and each size of labels, in full float32.
-      Label 0 is the first class (people), and everything outside of instances. It raises UserError for images of another
-      shape.
+      Label 0 is the first class (people), and everything outside of instances. It raises UserError for images of
+      another shape.
     """
     detect = jax.jit(functools.partial(mask_rcnn.detect, config=config))
     paint = jax.jit(mask_rcnn.paint, static_argnames=("height", "width"))

@@ -1,29 +1,32 @@
-"""The page in a real browser, as a person uses it: the demo's generator, few steps."""
+"""The page in a real browser, as a user uses it: the demo's generator, few steps."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import app
 import numpy as np
 import pytest
 from PIL import Image
 
 from samjax import demo
+from samjax.errors import UserError
 
-pytestmark = pytest.mark.browser
+browser = pytest.mark.browser
 ROOT = Path(__file__).parent.parent
 SAMPLE = demo.SAMPLES / "scene1.png"
-PATIENCE = 120_000  # ms; programs are compiled on the way
+TIMEOUT = 120_000  # ms; includes compilation
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The page, served by the program itself."""
-    command = [sys.executable, "experiments/app.py", "--num_opt_steps", "30"]
+    command = [sys.executable, "experiments/app/app.py", "--num_opt_steps", "30"]
     errors = tmp_path_factory.mktemp("app") / "errors"
     with (
         errors.open("w") as log,
@@ -41,16 +44,16 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium, address):
-    """A function that opens the page for another person; no request may leave this machine, no script fail."""
-    contexts, strangers, failures = [], [], []
+    """A function that opens the page for another user; no request may leave this machine, no script fail."""
+    contexts, outside, failures = [], [], []
 
     def open_page(width: int = 1400, height: int = 1000):
         context = chromium.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(PATIENCE)
+        page.set_default_timeout(TIMEOUT)
         local = (address, "data:", "blob:")
-        page.on("request", lambda request: request.url.startswith(local) or strangers.append(request.url))
+        page.on("request", lambda request: request.url.startswith(local) or outside.append(request.url))
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#file")
@@ -59,7 +62,7 @@ def opened(chromium, address):
     yield open_page
     for context in contexts:
         context.close()
-    assert strangers == []
+    assert outside == []
     assert failures == []
 
 
@@ -71,8 +74,8 @@ def upload(page, path: Path) -> None:
     page.set_input_files("#file input[type=file]", path)
 
 
-def picture(page, name: str) -> str:
-    """Address of a picture that is shown; it changes with the picture."""
+def source(page, name: str) -> str:
+    """Address of an image on the page; it changes with the image."""
     return page.locator(f"#{name} img").first.get_attribute("src")
 
 
@@ -81,7 +84,7 @@ def changed(page, name: str, before: str) -> str:
         "([name, before]) => { const img = document.querySelector(`#${name} img`); return img && img.src !== before; }",
         arg=[name, page.evaluate("src => new URL(src, location).href", before)],
     )
-    return picture(page, name)
+    return source(page, name)
 
 
 def set_slider(page, name: str, value: float) -> None:
@@ -90,6 +93,13 @@ def set_slider(page, name: str, value: float) -> None:
     number.press("Enter")
 
 
+def test_without_gradio_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs Gradio: pip install '\.\[app\]'"):
+        app.main(app.Arguments())
+
+
+@browser
 def test_from_an_image_to_an_edit(opened, tmp_path):
     page = opened()
     upload(page, SAMPLE)
@@ -97,37 +107,39 @@ def test_from_an_image_to_an_edit(opened, tmp_path):
     for name in ("W+", "F4", "F6", "F8", "F10"):
         assert page.locator(f"[id='map-{name}'] img").count() == 1
 
-    # The threshold: at once another map of layers.
-    before = picture(page, "layers")
+    # The threshold changes the map of layers at once.
+    before = source(page, "layers")
     set_slider(page, "threshold", 0.1)
     before = changed(page, "layers", before)
 
-    # A click chooses a segment, and its layer is forced.
-    picked = page.locator("#values tr.picked th")
-    largest = picked.inner_text()
+    # A click selects a segment, whose layer can then be chosen by hand.
+    selected = page.locator("#values tr.selected th")
+    largest = selected.inner_text()
     page.locator("#layers img").click(position={"x": 100, "y": 390})
-    page.wait_for_function("before => document.querySelector('#values tr.picked th').innerText != before", arg=largest)
-    assert picked.inner_text().startswith(page.locator("#segment input").input_value())
+    page.wait_for_function(
+        "before => document.querySelector('#values tr.selected th').innerText != before", arg=largest
+    )
+    assert selected.inner_text().startswith(page.locator("#segment input").input_value())
     page.locator("#layer label", has_text="W+").click()
     changed(page, "layers", before)
-    page.wait_for_function("() => document.querySelector('#values tr.picked').innerText.includes('forced')")
-    mean = page.locator("#values tr.picked td").first
+    page.wait_for_function("() => document.querySelector('#values tr.selected').innerText.includes('forced')")
+    mean = page.locator("#values tr.selected td").first
     assert "chosen" in (mean.get_attribute("class") or "")
     page.locator("#layer label", has_text="by the threshold").click()
     page.wait_for_function("() => !document.querySelector('#values').innerText.includes('forced')")
     set_slider(page, "threshold", 0.35)
 
-    # The inversion: a picture that changes on the way, and steps counted.
+    # The inversion shows its loss and an image that improves.
     page.locator("#invert").click()
     says(page, "loss")
     page.wait_for_selector("#result img")
-    first = picture(page, "result")
+    first = source(page, "result")
     changed(page, "result", first)
     says(page, "Now edit")
     assert re.search(r"LPIPS 0\.\d+", page.locator("#status").inner_text())
 
-    # Several directions together.
-    still = picture(page, "edited")
+    # Several directions at once.
+    still = source(page, "edited")
     set_slider(page, "edit-0", 2)
     blue = changed(page, "edited", still)
     set_slider(page, "edit-1", 2)
@@ -149,6 +161,7 @@ def test_from_an_image_to_an_edit(opened, tmp_path):
     assert "<title>scene1" in got["scene1_report.html"].read_text()
 
 
+@browser
 def test_stop(opened):
     page = opened()
     upload(page, SAMPLE)
@@ -162,7 +175,8 @@ def test_stop(opened):
     assert page.locator("#save").is_disabled()
 
 
-def test_two_people_do_not_mix(opened):
+@browser
+def test_two_users_do_not_mix(opened):
     one, two = opened(), opened()
     upload(one, SAMPLE)
     says(one, "scene1.png: ")
@@ -175,11 +189,12 @@ def test_two_people_do_not_mix(opened):
     says(two, "Now edit")
     assert one.locator("#threshold input[type=number]").input_value() == "0.1"
     assert two.locator("#threshold input[type=number]").input_value() == "0.35"
-    assert picture(one, "result") != picture(two, "result")
+    assert source(one, "result") != source(two, "result")
     assert "scene1" in one.locator("#file").inner_text()
     assert "scene2" in two.locator("#file").inner_text()
 
 
+@browser
 def test_a_scene_of_the_demo_and_its_names(opened):
     page = opened()
     page.locator("#sample input").click()
@@ -188,6 +203,7 @@ def test_a_scene_of_the_demo_and_its_names(opened):
     assert "car" in page.locator("#values").inner_text()
 
 
+@browser
 def test_bad_files_get_a_line(opened, tmp_path):
     (tmp_path / "letter.png").write_text("Dear reader")
     page = opened()
@@ -200,6 +216,7 @@ def test_bad_files_get_a_line(opened, tmp_path):
     says(page, "Choose layers, then invert")
 
 
+@browser
 def test_a_narrow_window(opened):
     page = opened(390, 844)
     upload(page, SAMPLE)

@@ -1,9 +1,7 @@
 """The benchmark: counts, workers, tables, and the programs that it runs."""
 
 import json
-import sys
 import textwrap
-import time
 from pathlib import Path
 
 import benchmark
@@ -15,6 +13,7 @@ import operations
 import presets
 import pytest
 from operations import Operations
+from sleep_step import Sleep
 from steps import Convolution
 from workers import Worker, WorkerError
 
@@ -75,26 +74,6 @@ def test_figures():
     assert "0.75 per image" in lines[2]
     assert "failed: out of memory?" in lines[3]
     assert row.against(failed) is None
-
-
-class Sleep:
-    """A step for the workers of these tests."""
-
-    device = "bed"
-
-    def __init__(self, seconds: float):
-        if seconds < 0:
-            raise ValueError("cannot sleep\nbackwards")
-        self.seconds = seconds
-
-    def __call__(self, steps: int) -> float:
-        if steps > 99:
-            sys.exit(3)
-        time.sleep(steps * self.seconds)
-        return steps * self.seconds
-
-    def peak_memory(self) -> int:
-        return 3 << 30
 
 
 def test_worker():
@@ -229,6 +208,6 @@ def test_estimated_costs(monkeypatch):
     args = estimate_cost.Arguments(images=16, resolutions=(256,), steps=90, epochs=1, utilization=1.0, measured=(0.5,))
     lines = list(estimate_cost.page(args))
     row = next(line for line in lines if line.startswith("| config-f, 256 px |"))
-    assert row.startswith("| config-f, 256 px | 67.000 (0.261) | 3350.0 | 482 | 2.0 h, 2.0 h | ")
+    assert row.startswith("| config-f, 256 px | 67.000 (0.261) | 3350.0 | 0 | 2.0 h, 2.0 h | ")
     assert "Measured on this machine, 256 px: 0.5 s per step, × 7,200 = 1.0 h." in lines
     assert any("× 16 / 16 = 1 steps" in line for line in lines)

@@ -184,8 +184,8 @@ def page(args: Arguments) -> Iterator[str]:
         f"the authors' predictor, {count / 1e6:.1f} million parameters, with {layers + 1} passes of VGG16 per image "
         f"for the targets, takes {cost.flops / 1e12:.2f} TFLOP and {cost.bytes / 1e9:.0f} GB. Several chips exchange "
         f"{4 * count / 1e6:.0f} MB of gradients per step, and a checkpoint has {8 * count / 1e6:.0f} MB. A batch of "
-        f"{args.batch_size} has work for at most {args.batch_size} chips; more chips need larger batches, and with them "
-        "another recipe.",
+        f"{args.batch_size} has work for at most {args.batch_size} chips; more chips need larger batches, and "
+        "with them another recipe.",
         "",
     )
     rows = []

@@ -152,19 +152,20 @@ if TRAIN_ENCODER:
 
 # %%
 print(*jax.devices(), sep="\n")
+results = {}
 for name, directory in parts.items():
-    result = training.invert_directory(
+    results[name] = training.invert_directory(
         training.DirectoryOptions(
             image_folder=directory, output_path=output / "data" / name, e4e_path=e4e_path,
             preset=None if GENERATOR is None else "fast", num_opt_steps=INVERSION_STEPS, **domain,
         )
     )  # fmt: skip
-    for path, reason in result.failed.items():
+    for path, reason in results[name].failed.items():
         print(f"skipped {path}: {reason}")
 data = output / "data" / "val"
 example = min((data / "W+").iterdir()).name
 shown = {"input": images.read_image(data / "W+" / example / "final" / "input.png")}
-for layer in result.latent_names:
+for layer in results["val"].latent_names:
     shown[layer] = images.read_image(data / layer / example / "final" / "reconstruction.png")
 notebook.show_row(shown, height=200)
 

@@ -376,6 +376,9 @@ def content_box(shape: tuple[int, int], height: int, width: int) -> tuple[int, i
 
     Returns:
       (top, left, rows, columns): `fitted[top : top + rows, left : left + columns]` is the image without its bars.
+
+    >>> content_box((300, 400), 256, 256)
+    (32, 0, 192, 256)
     """
     scale = min(height / shape[0], width / shape[1])
     rows = min(height, max(1, round(shape[0] * scale)))
