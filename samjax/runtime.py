@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import platform
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def _processor() -> str:
     except (OSError, StopIteration):
         flags = platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def threads() -> int:
+    """Number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def connect(distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

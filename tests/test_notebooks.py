@@ -22,6 +22,7 @@ import pytest
 from nbformat import NotebookNode
 from PIL import Image
 
+from samjax import notebook
 from samjax.io import checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +126,22 @@ def test_the_comparison_finds_its_checkout(installation, tmp_path, monkeypatch):
         monkeypatch.chdir(place)
         with pytest.raises(Exception, match="set the parameter CHECKOUT to the directory that contains experiments"):
             exec(find, {**names, "CHECKOUT": given})
+
+
+# --- programs ---
+
+
+def test_flags_and_exit_codes_of_programs(tmp_path, capsys):
+    program = tmp_path / "program.py"
+    program.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    flags = {"image_path": Path("a b.png"), "strengths": (0.0, 2.0), "paste_back": True, "weights": None}
+    assert notebook.run_program(program, ok=(0, 3), **flags) == 3
+    assert capsys.readouterr().out.splitlines() == [
+        "$ python program.py --image_path 'a b.png' --strengths 0.0 2.0 --paste_back",
+        "['--image_path', 'a b.png', '--strengths', '0.0', '2.0', '--paste_back']",
+    ]
+    with pytest.raises(RuntimeError, match=r"program\.py ended with exit code 3"):
+        notebook.run_program(program)
 
 
 # --- run ---

@@ -7,7 +7,6 @@ import dataclasses
 import threading
 
 import invert
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,17 +15,16 @@ from samjax import editing, session
 from samjax.config import Options
 from samjax.errors import UserError
 from samjax.io import checkpoints
-from samjax.nets import stylegan2
 from samjax.pipeline import Pipeline
 from samjax.session import ProgressUpdate, Session, StoppedError, stream
+from samjax.testing import TINY_64, tiny_generator
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A directory with a generator of 64 px (W+, F4, F6), two images, a label image and two directions."""
     directory = tmp_path_factory.mktemp("inputs")
-    config = stylegan2.StyleGAN2Config(64, z_dim=8, w_dim=8, mapping_layers=2, channel_base=256, channel_max=8)
-    checkpoints.save_safetensors(directory / "own.safetensors", config, stylegan2.init(config, key=jax.random.key(0)))
+    checkpoints.save_safetensors(directory / "own.safetensors", TINY_64, tiny_generator(TINY_64))
     rng = np.random.default_rng(0)
     for name in ("one", "two"):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(directory / f"{name}.png")

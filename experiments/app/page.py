@@ -23,7 +23,7 @@ SIDE = 512  # pixels of the longer side of images drawn for the page
 STRENGTH = 4.0  # end of the sliders of edits
 
 CSS = """
-#status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 20; padding: .6rem; }
+#status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 60; padding: .6rem; }
 .gradio-container { padding-bottom: 5rem !important; }
 .samjax-status {
   padding: .6rem .9rem; border-radius: 8px; min-height: 2.6rem; border: 1px solid var(--border-color-primary);

@@ -38,9 +38,9 @@ import presets
 import reference_step
 from operations import Operations, markdown, step_operations
 from steps import Convolution, OurStep
-from workers import Worker, WorkerError, threads
+from workers import Worker, WorkerError
 
-from samjax import cli
+from samjax import cli, runtime
 from samjax.config import Precision
 from samjax.errors import UserError
 from samjax.io import files
@@ -149,7 +149,7 @@ def measure(args: Arguments, resolution: int, convolution: Worker) -> list[Row]:
             checkouts = (str(path.resolve()) for path in args.reference)
             sizes = (resolution, args.channel_base, args.channel_max)
             try:
-                theirs = stack.enter_context(Worker(reference_step.Step, *checkouts, *sizes, threads()))
+                theirs = stack.enter_context(Worker(reference_step.Step, *checkouts, *sizes, runtime.threads()))
             except WorkerError as error:
                 return [dataclasses.replace(row, failure=f"the authors' step: {error}") for row in rows]
         running = []
@@ -244,7 +244,8 @@ def main(args: Arguments) -> None:
         with Worker(Convolution) as convolution:
             device = convolution.device
             how = "float32" if args.precision == "highest" else f"precision {args.precision}"
-            print(f"{device}, {threads()} CPU threads, {how}, median of {args.rounds} rounds of {args.steps} steps")
+            rounds = f"median of {args.rounds} rounds of {args.steps} steps"
+            print(f"{device}, {runtime.threads()} CPU threads, {how}, {rounds}")
             for resolution in args.resolutions:
                 rows += measure(args, resolution, convolution)
                 print(f"  {resolution} px: done", file=sys.stderr, flush=True)
@@ -279,7 +280,7 @@ def describe(args: Arguments, rows: Sequence[Row], device: str) -> dict[str, Any
     """Everything that was measured, for JSON."""
     return {
         "device": device,
-        "threads": threads(),
+        "threads": runtime.threads(),
         "processor": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "samjax")},
         "arguments": args,

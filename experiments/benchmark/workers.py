@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -90,8 +89,3 @@ def _serve(connection: Connection, step: Callable[..., Any], arguments: tuple[An
                 connection.send((getattr(made, method)(*given), None))
         except Exception as error:
             connection.send((None, f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}"))
-
-
-def threads() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

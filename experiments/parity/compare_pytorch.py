@@ -21,7 +21,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from reference_job import NETS, Job
 from stages import Ours, Row, Theirs
 
 from ckpt_convert import get
-from samjax import Pipeline, cli
+from samjax import Pipeline, cli, runtime
 from samjax.config import InversionConfig, Options
 from samjax.errors import UserError
 from samjax.io import directions, files, images, registry, weights
@@ -161,11 +160,6 @@ def first_steps(count: int) -> InversionConfig:
     return dataclasses.replace(full, num_opt_steps=count, lr_rampup_length=rise, lr_rampdown_length=0.5 / count)
 
 
-def threads() -> int:
-    """Number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- both sides ---
 
 
@@ -220,7 +214,7 @@ def compare(args: Arguments, folder: Path, detectron2: Path | None) -> tuple[The
             steps=settings.num_opt_steps,
             lr_rampup_length=settings.lr_rampup_length,
             lr_rampdown_length=settings.lr_rampdown_length,
-            threads=threads(),
+            threads=runtime.threads(),
             seed=args.seed,
             folder=str(folder),
         )
@@ -245,7 +239,7 @@ def caption(args: Arguments, theirs: Theirs) -> str:
     count = len(np.unique(theirs.arrays["segments"]))
     return (
         f"{args.image_category}: {count} segments, threshold {float(theirs.arrays['threshold']):.4g}, layers {shares}. "
-        f"Both on the CPU ({threads()} threads), float32, the generator's stored noise."
+        f"Both on the CPU ({runtime.threads()} threads), float32, the generator's stored noise."
     )
 
 
