@@ -22,8 +22,8 @@ import pytest
 from nbformat import NotebookNode
 from PIL import Image
 
-from samjax import notebook
 from samjax.io import checkpoints
+from samjax.notebook import run_program
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "experiments" / "notebooks"
@@ -135,13 +135,13 @@ def test_flags_and_exit_codes_of_programs(tmp_path, capsys):
     program = tmp_path / "program.py"
     program.write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     flags = {"image_path": Path("a b.png"), "strengths": (0.0, 2.0), "paste_back": True, "weights": None}
-    assert notebook.run_program(program, ok=(0, 3), **flags) == 3
+    assert run_program(program, ok=(0, 3), **flags) == 3
     assert capsys.readouterr().out.splitlines() == [
         "$ python program.py --image_path 'a b.png' --strengths 0.0 2.0 --paste_back",
         "['--image_path', 'a b.png', '--strengths', '0.0', '2.0', '--paste_back']",
     ]
     with pytest.raises(RuntimeError, match=r"program\.py ended with exit code 3"):
-        notebook.run_program(program)
+        run_program(program)
 
 
 # --- run ---
