@@ -167,6 +167,7 @@ ADDRESSES = (
     "https://semver.org/",
     "http://www.apache.org/licenses/",
     "http://www.w3.org/",  # names of XML, which nothing fetches
+    "https://git-lfs.github.com/spec/v1",  # how a pointer of Git LFS begins
     "http://127.0.0.1",
 )
 """Beginnings of every address that may stand in the project; none of them is an account of ours."""

@@ -88,7 +88,7 @@ import numpy as np
 from ckpt_convert.__main__ import main
 assert main([{str(golden_dir / "rosinality_A.pt")!r}, "own"]) == 0
 Path("edits").mkdir()
-np.save("edits/up.npy", np.ones((10, 512), np.float32))
+np.save("edits/up.npy", np.ones(48, np.float32))
 """
     after = f"""
 raw = samjax.Pipeline(ckpt_convert.load({str(golden_dir / "rosinality_A.pt")!r}), options=sam.options)
