@@ -135,7 +135,7 @@ def synthesize_latents(
       latents: W+ and any F layers; those without an entry in `masks` act everywhere.
       masks: soft masks in [0, 1].
       noise: "const", "none", or "random" with `noise_keys`.
-      noise_keys: random keys [N], one an item, so that an item's noise does not depend on its neighbours.
+      noise_keys: random keys [N], one an item, so that an item's noise does not depend on its neighbors.
       half_precision: runs the four highest resolutions in bfloat16.
 
     Returns:

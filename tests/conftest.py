@@ -11,7 +11,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests marked gpu are run with JAX_PLATFORMS=cuda,cpu
 # Most of the suite's time is compilation, here and in the programs that tests start, and its arrays are small. The
-# accelerators' tests keep all optimisations.
+# accelerators' tests keep all optimizations.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

@@ -1,4 +1,4 @@
-"""The ADE20K segmenter against the reference's numbers, its files, and its behaviour at any size."""
+"""The ADE20K segmenter against the reference's numbers, its files, and its behavior at any size."""
 
 import functools
 import json
@@ -196,7 +196,7 @@ def test_impossible_configs_are_refused(part, name, shape, message, small_files)
         convert(*small_files)
 
 
-# --- behaviour ---
+# --- behavior ---
 
 
 def random_images(*shape: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The face parser against the reference's numbers, its file, and its behaviour at any size."""
+"""The face parser against the reference's numbers, its file, and its behavior at any size."""
 
 import functools
 import json
@@ -170,7 +170,7 @@ def test_impossible_configs_are_refused(name, shape, message):
         convert(file)
 
 
-# --- behaviour ---
+# --- behavior ---
 
 
 def random_images(*shape: int) -> np.ndarray:

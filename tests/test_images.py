@@ -28,7 +28,7 @@ def smooth(height: int = 24, width: int = 36) -> np.ndarray:
 
 
 def corners() -> Image.Image:
-    """36 x 24, each quarter in a different colour, so that all eight rotations and reflections differ."""
+    """36 x 24, each quarter in a different color, so that all eight rotations and reflections differ."""
     array = np.zeros((24, 36, 3), np.uint8)
     array[:12, :18], array[:12, 18:], array[12:, :18], array[12:, 18:] = (
         (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
@@ -48,7 +48,7 @@ def read_quietly(path: Path) -> np.ndarray:
     return images.read_image(path, notify=fail)
 
 
-# --- colour modes ---
+# --- color modes ---
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
@@ -74,7 +74,7 @@ def test_modes_and_formats(tmp_path: Path, mode: str, ending: str):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L"])
 def test_alpha_is_placed_on_white(tmp_path: Path, mode: str):
     alpha = Image.fromarray(np.repeat(np.repeat(np.array([[0, 255]], np.uint8), 10, 0), 6, 1))
-    grey = Image.new("L", alpha.size, 40)
+    gray = Image.new("L", alpha.size, 40)
     path = tmp_path / "a.png"
     if mode in ("P", "L"):  # one index or level is transparent
         base = Image.fromarray(np.where(np.asarray(alpha) == 0, 7, 40).astype(np.uint8))
@@ -83,11 +83,11 @@ def test_alpha_is_placed_on_white(tmp_path: Path, mode: str):
         base.save(path, transparency=7)
     elif mode == "PA":
         path = tmp_path / "a.gif"
-        image = grey.convert("RGBA")
+        image = gray.convert("RGBA")
         image.putalpha(alpha)
         image.save(path)
     else:
-        image = grey.convert(mode)
+        image = gray.convert(mode)
         image.putalpha(alpha)
         image.save(path)
     notes: list[str] = []
@@ -107,7 +107,7 @@ def test_half_transparent_and_opaque_alpha(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("ending", "dtype"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", ">u2")])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, ending: str, dtype: str):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path, ending: str, dtype: str):
     values = np.linspace(0, 65535, 240).reshape(12, 20).astype(dtype)
     path = tmp_path / f"a.{ending}"
     if ending == "pgm":
@@ -122,15 +122,15 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, ending: str, dtype: s
     assert array.max() == 255
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_16_bit_colour(tmp_path: Path):
+def test_16_bit_color(tmp_path: Path):
     values = RNG.integers(0, 65536, (10, 12, 3)).astype(">u2")
     path = tmp_path / "a.png"
     path.write_bytes(png(12, 10, 16, 2, b"".join(b"\0" + row.tobytes() for row in values)))
@@ -162,11 +162,11 @@ def test_cmyk_jpeg_with_a_broken_profile_still_reads(tmp_path: Path):
     assert np.abs(read_quietly(path).astype(int) - smooth()).mean() < 8
 
 
-def test_a_colour_profile_is_applied_but_srgb_changes_nothing(tmp_path: Path):
+def test_a_color_profile_is_applied_but_srgb_changes_nothing(tmp_path: Path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     path = save(Image.fromarray(smooth()), tmp_path / "a.png", icc_profile=srgb)
     np.testing.assert_array_equal(read_quietly(path), smooth())
-    # The same profile with red and blue primaries swapped, under another name: the colours must be swapped.
+    # The same profile with red and blue primaries swapped, under another name: the colors must be swapped.
     data = bytearray(srgb)
     tags = {bytes(data[i : i + 4]): i for i in range(132, 132 + 12 * struct.unpack(">I", data[128:132])[0], 12)}
     red, blue = tags[b"rXYZ"], tags[b"bXYZ"]
@@ -204,7 +204,7 @@ def test_exif_rotation(tmp_path: Path, orientation: int, ending: str):
 
 
 def test_the_first_frame_of_an_animation(tmp_path: Path):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
     for ending in ("gif", "png", "webp", "tif"):
         path = tmp_path / f"a.{ending}"
         frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -474,7 +474,7 @@ BASE = np.zeros((16, 16, 3), np.float32)
         (BASE.astype(np.uint16), "values of type uint16"),
         (BASE.astype(bool), "values of type bool"),
         (BASE.astype(complex), "values of type complex128"),
-        (BASE[..., 0], r"shape \[16, 16\], not \[height, width, 3\]: repeat a grey image's values"),
+        (BASE[..., 0], r"shape \[16, 16\], not \[height, width, 3\]: repeat a gray image's values"),
         (BASE[..., :2], r"shape \[16, 16, 2\]"),
         (np.zeros((16, 16, 4), np.uint8), "transparency"),
         (np.zeros((3, 16, 16), np.uint8), "move the channels to the last axis"),
@@ -537,7 +537,7 @@ def test_paths_and_pil_images_are_read_alike(tmp_path: Path):
 
 
 def test_another_frame_of_an_animation(tmp_path: Path):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "a.gif") as image:
         image.seek(2)
@@ -585,11 +585,11 @@ def test_segment_files_of_every_kind(tmp_path: Path, kind: str):
         labels = expected = LABELS * 100_000
         image, ending = Image.fromarray(labels), "tif"
     elif kind in ("RGB", "RGBA"):
-        colours = np.array([[200, 0, 0, 255], [0, 9, 0, 255], [0, 10, 1, 255], [0, 10, 0, 255]], np.uint8)
+        colors = np.array([[200, 0, 0, 255], [0, 9, 0, 255], [0, 10, 1, 255], [0, 10, 0, 255]], np.uint8)
         names = {0: 0, 2: 1, 3: 2, 9: 3}
         rank = np.array([3, 0, 2, 1])  # by red, then green, then blue
         index = np.vectorize(names.get)(LABELS)
-        image, expected = Image.fromarray(colours[index][..., : len(kind)]), rank[index]
+        image, expected = Image.fromarray(colors[index][..., : len(kind)]), rank[index]
     else:
         image = Image.fromarray(LABELS.astype(np.uint8))
     path = save(image, tmp_path / f"a.{ending}")
@@ -608,9 +608,9 @@ def test_segments_are_resized_like_their_image(tmp_path: Path):
     cropped = images.read_segments(path, 16, 16, (16, 24), mode="crop")
     np.testing.assert_array_equal(cropped, LABELS[:, 4:20])
     np.testing.assert_array_equal(images.fit_labels(LABELS, 16, 16, "crop"), cropped)
-    # Black bars add no label to colours, even if one of them is black.
-    colours = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)[(LABELS > 2).astype(int)]
-    path = save(Image.fromarray(colours), tmp_path / "b.png")
+    # Black bars add no label to colors, even if one of them is black.
+    colors = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)[(LABELS > 2).astype(int)]
+    path = save(Image.fromarray(colors), tmp_path / "b.png")
     assert set(np.unique(images.read_segments(path, 24, 24, (16, 24), mode="letterbox"))) == {-1, 0, 1}
 
 
@@ -630,22 +630,22 @@ def test_a_rotated_segment_file(tmp_path: Path):
     np.testing.assert_array_equal(images.read_segments(path, 16, 24, (16, 24)), LABELS)
 
 
-@pytest.mark.parametrize("kind", ["colour", "grey", "float", "wide", "jpeg"])
+@pytest.mark.parametrize("kind", ["color", "gray", "float", "wide", "jpeg"])
 def test_a_photograph_is_not_a_segment_file(tmp_path: Path, kind: str):
     noise = RNG.integers(0, 256, (64, 64, 3), np.uint8)
     path = tmp_path / "a.png"
-    if kind == "grey":
+    if kind == "gray":
         save(Image.fromarray(noise[..., 0]), path)
     elif kind == "float":
         path = save(Image.fromarray(noise[..., 0].astype(np.float32)), tmp_path / "a.tif")
     elif kind == "wide":
         save(Image.fromarray(noise[..., 0].astype(np.uint16) * 256 + noise[..., 1]), path)
     elif kind == "jpeg":
-        colours = RNG.integers(0, 256, (8, 8, 3), np.uint8)
-        path = save(Image.fromarray(np.repeat(np.repeat(colours, 8, 0), 8, 1)), tmp_path / "a.jpg", quality=60)
+        colors = RNG.integers(0, 256, (8, 8, 3), np.uint8)
+        path = save(Image.fromarray(np.repeat(np.repeat(colors, 8, 0), 8, 1)), tmp_path / "a.jpg", quality=60)
     else:
         save(Image.fromarray(noise), path)
-    with pytest.raises(UserError, match=r"looks like a photograph.*one flat colour for each segment, at most 256"):
+    with pytest.raises(UserError, match=r"looks like a photograph.*one flat color for each segment, at most 256"):
         images.read_segments(path, 64, 64, (64, 64))
 
 

@@ -142,7 +142,7 @@ def assert_same(one, other, rtol=0.0):
         np.testing.assert_allclose(x, y, rtol=0, atol=rtol * (np.max(y) - np.min(y) if rtol else 0))
 
 
-def test_an_items_latents_do_not_depend_on_its_neighbours(tiny):
+def test_an_items_latents_do_not_depend_on_its_neighbors(tiny):
     first, second, third = (tiny_items(1, seed) for seed in (0, 1, 2))
     with_second = run(TINY, tiny, join(first, second), QUICK)
     with_third = run(TINY, tiny, join(first, third), QUICK)
@@ -175,26 +175,6 @@ def test_incomplete_batches_are_filled_and_the_filling_dropped(tiny):
     assert [p.terms.total.shape for p in seen] == [(4, 2), (4, 2), (4, 1), (4, 1)]
     assert all(p.steps_per_second > 0 for p in seen)
     assert seen[-1].seconds_left == 0
-
-
-def test_another_image_threshold_or_setting_compiles_nothing(tiny, monkeypatch):
-    inversion.run_chunk.clear_cache()
-    monkeypatch.setattr(inversion, "step", chex.assert_max_traces(inversion.step, n=1))
-    run(TINY, tiny, tiny_items(2), QUICK)
-    other = dataclasses.replace(
-        QUICK,
-        num_opt_steps=3,
-        lr=0.01,
-        lr_rampup_length=0.1,
-        beta1=0.8,
-        lambda_mse=2.0,
-        lambda_mvg=0.0,
-        lambda_f_rec=0.0,
-    )
-    run(TINY, tiny, tiny_items(3, seed=5), other)
-    run(TINY, tiny._replace(prior=losses.fit_prior(np.eye(8))), tiny_items(1, seed=6), QUICK)
-    assert inversion.run_chunk._cache_size() == 1
-    inversion.run_chunk.clear_cache()  # what was traced through the counting step
 
 
 def test_a_zero_mask_stops_every_gradient_and_an_active_latent_gets_one(tiny):
@@ -368,3 +348,23 @@ def test_progress_tells_which_items_run(tiny):
     seen = []
     run(TINY, tiny, tiny_items(3), QUICK, on_progress=lambda p: seen.append((p.items.tolist(), p.masks["F4"].shape)))
     assert seen == [([0, 1], (2, 16, 16, 1))] * 2 + [([2, 2], (2, 16, 16, 1))] * 2
+
+
+def test_another_image_threshold_or_setting_compiles_nothing(tiny, monkeypatch):
+    inversion.run_chunk.clear_cache()
+    monkeypatch.setattr(inversion, "step", chex.assert_max_traces(inversion.step, n=1))
+    run(TINY, tiny, tiny_items(2), QUICK)
+    other = dataclasses.replace(
+        QUICK,
+        num_opt_steps=3,
+        lr=0.01,
+        lr_rampup_length=0.1,
+        beta1=0.8,
+        lambda_mse=2.0,
+        lambda_mvg=0.0,
+        lambda_f_rec=0.0,
+    )
+    run(TINY, tiny, tiny_items(3, seed=5), other)
+    run(TINY, tiny._replace(prior=losses.fit_prior(np.eye(8))), tiny_items(1, seed=6), QUICK)
+    assert inversion.run_chunk._cache_size() == 1
+    inversion.run_chunk.clear_cache()  # what was traced through the counting step

@@ -90,7 +90,7 @@ def test_forms_the_reference_image(golden):
     np.testing.assert_allclose(image, expected, rtol=0, atol=1e-4 * np.ptp(expected))
 
 
-def test_random_noise_of_an_item_does_not_depend_on_its_neighbours():
+def test_random_noise_of_an_item_does_not_depend_on_its_neighbors():
     params = tiny_generator()
     ws = jax.random.normal(jax.random.key(1), (3, TINY.num_ws, TINY.w_dim))
     keys = jax.random.split(jax.random.key(2), 3)

@@ -137,18 +137,18 @@ def test_figures_are_the_drawn_sheets():
 
 def test_the_layers_figure_has_the_palette():
     figure = report.layers_figure(CASES["square"])
-    for name, colour in report.PALETTE.items():
-        assert (figure == colour).all(-1).sum() > 1000, name
+    for name, color in report.PALETTE.items():
+        assert (figure == color).all(-1).sum() > 1000, name
 
 
-def test_the_layer_overlay_colours_each_segment_by_its_layer():
+def test_the_layer_overlay_colors_each_segment_by_its_layer():
     content = make((64, 100), segments=5)
     overlay = report.layers_overlay(content, 128, 200).astype(int)
     palette = np.array([report.PALETTE[name] for name in LAYERS])
     for stripe in range(5):
-        # Each colour has a line of shades; the pixel lies on that of its layer.
-        grey = np.linspace(0, 1, 101)[:, None, None]
-        shades = palette * (0.7 + 0.3 * grey) * (1 - 0.35 * grey) + 255 * 0.35 * grey
+        # Each color has a line of shades; the pixel lies on that of its layer.
+        gray = np.linspace(0, 1, 101)[:, None, None]
+        shades = palette * (0.7 + 0.3 * gray) * (1 - 0.35 * gray) + 255 * 0.35 * gray
         distance = np.abs(shades - overlay[64, 20 + 40 * stripe]).max(-1).min(0)
         assert distance.argmin() == stripe
         assert distance[stripe] < 3
@@ -182,10 +182,10 @@ def test_shares_and_scale():
 
 
 def test_heat_is_monotonic_in_lightness():
-    colours = sheets.heat(np.linspace(-0.1, 0.6, 400), 0.5).astype(float)
-    grey = colours @ (0.2126, 0.7152, 0.0722)
-    assert (np.diff(grey) > -1.5).all()  # rounding to 8 bits
-    assert grey[-1] - grey[0] > 180
+    colors = sheets.heat(np.linspace(-0.1, 0.6, 400), 0.5).astype(float)
+    gray = colors @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(gray) > -1.5).all()  # rounding to 8 bits
+    assert gray[-1] - gray[0] > 180
     np.testing.assert_array_equal(sheets.heat(np.nan, 1.0), sheets.heat(1.0, 1.0))
 
 
@@ -204,7 +204,7 @@ def test_smooth_labels():
     assert small[10, 5] == 7
 
 
-def test_outlines_are_centred_bands():
+def test_outlines_are_centered_bands():
     labels = np.zeros((40, 60), np.int32)
     labels[20:, :30] = 1
     for thickness in (2, 4, 6):
@@ -384,7 +384,7 @@ def test_the_report_contains_names_and_numbers():
     assert len(tables) == 2
     chosen = [attributes for attributes in page.all("td") if attributes.get("class") == "chosen"]
     assert len(chosen) == 5
-    # The input, its grey version, 3 methods, 5 maps, and 2 strengths x 3 methods: strength 0 is the reconstruction,
+    # The input, its gray version, 3 methods, 5 maps, and 2 strengths x 3 methods: strength 0 is the reconstruction,
     # and both directions have the same images.
     stored = {image["id"]: image["href"] for image in page.all("image")}
     assert len(stored) == 1 + 1 + 3 + 5 + 6

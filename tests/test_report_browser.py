@@ -282,7 +282,7 @@ def test_losses_at_a_step(visit: Any):
 
 def contrast(page: Any, selector: str) -> float:
     """Contrast of an element's text with its background, as WCAG defines it."""
-    colours = page.locator(selector).first.evaluate(
+    colors = page.locator(selector).first.evaluate(
         """element => {
           const behind = (e) => { const c = getComputedStyle(e).backgroundColor;
             return c === "rgba(0, 0, 0, 0)" && e.parentElement ? behind(e.parentElement) : c; };
@@ -290,8 +290,8 @@ def contrast(page: Any, selector: str) -> float:
         }"""
     )
     lights = []
-    for colour in colours:
-        values = np.array([float(value) for value in colour[colour.index("(") + 1 : -1].split(",")[:3]]) / 255
+    for color in colors:
+        values = np.array([float(value) for value in color[color.index("(") + 1 : -1].split(",")[:3]]) / 255
         linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
         lights.append(float(linear @ (0.2126, 0.7152, 0.0722)))
     return (max(lights) + 0.05) / (min(lights) + 0.05)
@@ -332,7 +332,7 @@ def test_without_scripts_everything_is_there(visit: Any):
     assert page.locator("input:visible, button:visible, #segment:visible, .split:visible, .tag:visible").count() == 0
     for name in (
         "The input image, scene 3", "Reconstruction by W+", "Reconstruction by F10", "Reconstruction by SAM",
-        "The segments of the image in different colours", "Layers at threshold 0.05: 100% in F10",
+        "The segments of the image in different colors", "Layers at threshold 0.05: 100% in F10",
         "Layers at threshold 0.4: 100% in W+", "Reconstruction at threshold 0.05", "Error map of F6",
     ):  # fmt: skip
         assert any(image.is_visible() for image in page.get_by_role("img", name=name).all()), name

@@ -23,14 +23,14 @@ def picture() -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["felzenszwalb", "slic"])
-def test_segments_follow_colours(method):
+def test_segments_follow_colors(method):
     image = picture()
     labels = segment(image, method)
     assert labels.shape == image.shape[:2]
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(np.unique(labels), np.arange(labels.max() + 1))
     assert labels.max() >= 2
-    # Away from edges, which both methods smooth, a segment has one colour.
+    # Away from edges, which both methods smooth, a segment has one color.
     inner = np.zeros(image.shape[:2], bool)
     inner[3:-3, 3:45] = inner[3:17, 51:-3] = inner[24:40, 64:80] = True
     for label in np.unique(labels):

@@ -68,7 +68,7 @@ def failure(error: UserError) -> str:
 
 def chip(layer: str) -> str:
     """Style of a cell in a layer's color."""
-    color = report.layer_colour(layer)
+    color = report.layer_color(layer)
     return f"background: {report_html.css(color)}; color: {report_html.ink_on(color)}"
 
 

@@ -321,14 +321,14 @@ def figures(theirs: Mapping[str, np.ndarray], made: Mapping[str, Any]) -> dict[s
     ours = {**made, "layer_map": made["layer_map"].layer_maps[0]}
     target, high = theirs["image"], float(np.max(theirs["maps"])) or 1.0
     height, width = target.shape[:2]
-    palette = np.array([report.layer_colour(name) for name in LATENT_NAMES], np.uint8)
+    palette = np.array([report.layer_color(name) for name in LATENT_NAMES], np.uint8)
 
     def reduced(full: ArrayLike) -> np.ndarray:
         full = jnp.asarray(full, jnp.float32)
         return np.nan_to_num(losses.comparable(full, max(height, width), height, width))
 
     def rows(side: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        segments = images.label_colours(int(np.max(side["segments"])) + 1)[side["segments"]]
+        segments = images.label_colors(int(np.max(side["segments"])) + 1)[side["segments"]]
         return {
             "images": np.concatenate([target[None], reduced(np.stack([side["first"], side["final"]]))]),
             "maps": images.to_float(sheets.heat(side["maps"], high)),

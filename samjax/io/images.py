@@ -1,6 +1,6 @@
 """Reading images and segment files, writing PNG files, and converting and resizing images.
 
-Images read from files are uint8 [H, W, 3] whatever their colour mode, orientation or bit depth. Networks and losses use
+Images read from files are uint8 [H, W, 3] whatever their color mode, orientation or bit depth. Networks and losses use
 float32 in [-1, 1]; `to_float` and `to_uint8` convert between the two.
 """
 
@@ -174,8 +174,8 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _grey_scale(image: Image.Image) -> tuple[float, float]:
-    """The values of black and white in a grey image of more than 8 bits.
+def _gray_scale(image: Image.Image) -> tuple[float, float]:
+    """The values of black and white in a gray image of more than 8 bits.
 
     16-bit images use their full range. Otherwise the values decide: integers up to 65,535 are taken as 16 bits, floats
     from 0 to 1, 255 or 65,535 as such; any other range is stretched from its minimum to its maximum.
@@ -194,7 +194,7 @@ def _grey_scale(image: Image.Image) -> tuple[float, float]:
 
 
 def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
-    """The conversion from the image's embedded colour profile to sRGB; None if it is sRGB already or unusable."""
+    """The conversion from the image's embedded color profile to sRGB; None if it is sRGB already or unusable."""
     data = image.info.get("icc_profile")
     if not data or image.mode not in ("RGB", "CMYK"):
         return None
@@ -213,15 +213,15 @@ class _Converter:
 
     def __init__(self, image: Image.Image):
         self.notes: set[str] = set()
-        self._black, self._white = _grey_scale(image) if _is_wide(image) else (0.0, 255.0)
+        self._black, self._white = _gray_scale(image) if _is_wide(image) else (0.0, 255.0)
         self._to_srgb = _srgb_transform(image)
 
     def __call__(self, part: Image.Image) -> Image.Image:
         if _is_wide(part):
             values = np.asarray(part).astype(np.float64)
             values = np.nan_to_num(values, nan=self._black, posinf=self._white, neginf=self._black)
-            grey = np.clip((values - self._black) / (self._white - self._black), 0, 1) * 255
-            return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+            gray = np.clip((values - self._black) / (self._white - self._black), 0, 1) * 255
+            return Image.fromarray(np.rint(gray).astype(np.uint8)).convert("RGB")
         if part.has_transparency_data:
             part = part.convert("RGBA")
             if np.asarray(part.getchannel("A")).min() < 255:
@@ -271,8 +271,8 @@ def _upright(image: Image.Image, name: str | Path) -> tuple[Uint8, list[str]]:
 def read_image(path: str | Path, *, notify: Notify = _warn) -> Uint8:
     """Reads an image file as an image viewer shows it.
 
-    The EXIF orientation is applied; 16-bit greys are scaled to 8 bits; CMYK and other colour spaces are converted to
-    sRGB by the embedded colour profile, if there is one; transparent areas are placed on white; of an animation, the
+    The EXIF orientation is applied; 16-bit grays are scaled to 8 bits; CMYK and other color spaces are converted to
+    sRGB by the embedded color profile, if there is one; transparent areas are placed on white; of an animation, the
     first frame is read. An image of more than `REDUCE_ABOVE` pixels is reduced while being read.
 
     Args:
@@ -343,7 +343,7 @@ def _check_array(array: NDArray[Any]) -> None:
     if array.ndim != 3 or array.shape[-1] != 3:
         hint = ""
         if array.ndim == 2:
-            hint = ": repeat a grey image's values in three channels"
+            hint = ": repeat a gray image's values in three channels"
         elif array.ndim == 4 and len(array) == 1:
             hint = ": remove the batch axis"
         elif array.ndim == 4:
@@ -410,7 +410,7 @@ def fit(image: Uint8, height: int, width: int, mode: Fit = "stretch") -> Uint8:
       height: height of the result.
       width: width of the result.
       mode: what to do if the aspect ratios differ: "stretch", as the authors' code does; "letterbox", keep the whole
-        image and pad it with equal black bars (see `content_box`); "crop", keep the centre of the image.
+        image and pad it with equal black bars (see `content_box`); "crop", keep the center of the image.
 
     Returns:
       uint8 [height, width, 3].
@@ -529,12 +529,12 @@ def save_png(path: str | Path, image: ArrayLike) -> None:
         made.save(file, "PNG")
 
 
-def label_colours(count: int) -> Uint8:
-    """Colours for labels 0 to `count` - 1, easy to tell apart and of similar lightness; uint8 [count, 3].
+def label_colors(count: int) -> Uint8:
+    """Colors for labels 0 to `count` - 1, easy to tell apart and of similar lightness; uint8 [count, 3].
 
-    A label's colour does not depend on `count`.
+    A label's color does not depend on `count`.
     """
-    # Steps of the golden angle never repeat a hue; three lightnesses separate neighbouring hues.
+    # Steps of the golden angle never repeat a hue; three lightnesses separate neighboring hues.
     turns = (np.arange(count) * 0.6180339887 + 0.58) % 1 * 2 * np.pi
     ring = np.arange(count) % 3
     lightness = np.array([0.70, 0.80, 0.60])[ring]
@@ -542,12 +542,12 @@ def label_colours(count: int) -> Uint8:
     return oklch_to_srgb(np.stack([lightness, chroma, turns], -1))
 
 
-def oklch_to_srgb(colours: ArrayLike) -> Uint8:
-    """Converts colours [..., 3] from Oklch (lightness 0 to 1, chroma, hue in radians) to sRGB, clipped to its gamut.
+def oklch_to_srgb(colors: ArrayLike) -> Uint8:
+    """Converts colors [..., 3] from Oklch (lightness 0 to 1, chroma, hue in radians) to sRGB, clipped to its gamut.
 
     Björn Ottosson, "A perceptual color space for image processing", 2020.
     """
-    lightness, chroma, hue = np.moveaxis(np.asarray(colours, np.float64), -1, 0)
+    lightness, chroma, hue = np.moveaxis(np.asarray(colors, np.float64), -1, 0)
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
     cones = np.stack(
         [
@@ -572,7 +572,7 @@ def oklch_to_srgb(colours: ArrayLike) -> Uint8:
 def save_segments(path: str | Path, labels: NDArray[np.integer]) -> None:
     """Writes a label image as a PNG file with a palette, completely or not at all.
 
-    The palette's indices are the labels, which `read_segments` reads back; image viewers show a colour per label.
+    The palette's indices are the labels, which `read_segments` reads back; image viewers show a color per label.
 
     Args:
       path: path of the file; an existing file is replaced.
@@ -586,13 +586,13 @@ def save_segments(path: str | Path, labels: NDArray[np.integer]) -> None:
     if array.ndim != 2 or array.min() < 0 or array.max() > 255:
         raise ValueError("expected labels from 0 to 255, [H, W]")
     image = Image.fromarray(array.astype(np.uint8))
-    image.putpalette(label_colours(256).tobytes())
+    image.putpalette(label_colors(256).tobytes())
     with files.whole_file(path) as file:
         image.save(file, "PNG")
 
 
 def _labels_of(image: Image.Image) -> NDArray[np.int32] | None:
-    """The labels [H, W] of an image's values or, numbered in ascending order, of its colours; None for other images."""
+    """The labels [H, W] of an image's values or, numbered in ascending order, of its colors; None for other images."""
     values = np.asarray(image)
     if image.mode == "F":
         return None
@@ -601,16 +601,16 @@ def _labels_of(image: Image.Image) -> NDArray[np.int32] | None:
     packed = np.zeros(values.shape[:2], np.int64)
     for channel in np.moveaxis(values, -1, 0):
         packed = packed * 256 + channel
-    colours, labels = np.unique(packed, return_inverse=True)
-    return labels.reshape(packed.shape).astype(np.int32) if len(colours) <= MAX_LABELS else None
+    colors, labels = np.unique(packed, return_inverse=True)
+    return labels.reshape(packed.shape).astype(np.int32) if len(colors) <= MAX_LABELS else None
 
 
 def read_segments(
     path: str | Path, height: int, width: int, image_size: tuple[int, int], mode: Fit = "stretch", fill: int = -1
 ) -> NDArray[np.int32]:
-    """Reads a segment file, in which each segment has one label or one flat colour.
+    """Reads a segment file, in which each segment has one label or one flat color.
 
-    Values of grey and palette files are the labels; colours are numbered from 0 in ascending order of red, then green,
+    Values of gray and palette files are the labels; colors are numbered from 0 in ascending order of red, then green,
     then blue.
 
     Args:
@@ -638,7 +638,7 @@ def read_segments(
         image.load()
         turn = _orientation(image)
         upright = image if turn is None else image.transpose(turn)
-        # Bars are added to the labels: black bars could match one of the colours.
+        # Bars are added to the labels: black bars could match one of the colors.
         top, left, rows, columns = (0, 0, height, width)
         if mode == "letterbox":
             top, left, rows, columns = content_box(image_size, height, width)
@@ -647,7 +647,7 @@ def read_segments(
     if labels is None or _is_photograph(labels):
         raise UserError(
             f"{path} looks like a photograph, or has blurred edges as in a JPEG: give a PNG with one label "
-            f"or one flat colour for each segment, at most {MAX_LABELS}"
+            f"or one flat color for each segment, at most {MAX_LABELS}"
         )
     framed = np.full((height, width), fill, np.int32)
     framed[top : top + rows, left : left + columns] = labels

@@ -21,11 +21,11 @@ from samjax.report.content import (
     Strength,
     describe,
     heat_limit,
-    layer_colour,
+    layer_color,
     layer_shares,
     layers_at,
     preview,
-    segment_colours,
+    segment_colors,
     segment_title,
     shown_thresholds,
 )
@@ -44,9 +44,9 @@ from samjax.results import Edits, Inversion
 
 __all__ = [
     "LAYER_MEANINGS", "METHOD_CAPTIONS", "METRICS", "PALETTE", "Content", "Segment", "Strength",
-    "comparison_figure", "describe", "edit_strip", "heat_limit", "invertibility_figure", "layer_colour", "layer_shares",
+    "comparison_figure", "describe", "edit_strip", "heat_limit", "invertibility_figure", "layer_color", "layer_shares",
     "layers_at", "layers_figure", "layers_overlay", "preview", "render_html", "save", "save_inversion", "save_summary",
-    "segment_colours", "segment_title", "segments_figure", "segments_overlay", "shown_thresholds", "table",
+    "segment_colors", "segment_title", "segments_figure", "segments_overlay", "shown_thresholds", "table",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The content of a report: one inversion and its edits as arrays and numbers, and how these are named and coloured."""
+"""The content of a report: one inversion and its edits as arrays and numbers, and how these are named and colored."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from PIL import Image
 
 from samjax import losses
 from samjax.analysis import Analysis
-from samjax.io.images import label_colours
+from samjax.io.images import label_colors
 from samjax.layer_selection import Assignment
-from samjax.report.sheets import Colour, Uint8
+from samjax.report.sheets import Color, Uint8
 from samjax.results import Edits, Inversion
 
 PALETTE: Mapping[str, tuple[int, int, int]] = {
@@ -28,7 +28,7 @@ PALETTE: Mapping[str, tuple[int, int, int]] = {
     "F8": (97, 129, 57),
     "F10": (255, 205, 0),
 }
-"""Colours of the latent layers, those of the SAM paper's figures."""
+"""Colors of the latent layers, those of the SAM paper's figures."""
 
 LAYER_MEANINGS: Mapping[str, str] = {
     "W+": "styles only: edits take full effect, unusual detail is lost",
@@ -252,11 +252,11 @@ def _settings(inversion: Inversion) -> dict[str, Any]:
     }
 
 
-# --- names, colours, numbers ---
+# --- names, colors, numbers ---
 
 
-def layer_colour(layer: str) -> tuple[int, int, int]:
-    """The palette's colour of a latent layer."""
+def layer_color(layer: str) -> tuple[int, int, int]:
+    """The palette's color of a latent layer."""
     return PALETTE.get(layer, _OTHER_LAYER)
 
 
@@ -272,7 +272,7 @@ def layer_shares(content: Content) -> dict[str, float]:
 
 
 def heat_limit(content: Content) -> float:
-    """Upper end of the error maps' common colour scale.
+    """Upper end of the error maps' common color scale.
 
     The 98th percentile of the errors or 1.2 times the threshold, whichever is larger, rounded up to a multiple of 0.1.
     """
@@ -286,11 +286,11 @@ def fitted(shape: Sequence[int], width: int, height: int) -> tuple[int, int]:
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
-def grey_of(image: Uint8) -> NDArray[np.float32]:
-    """A grey version of an image [H, W, 3] with full contrast, to be overlaid with colours; [H, W], 0 to 1."""
-    grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)
-    dark, light = np.quantile(grey, (0.02, 0.98))
-    return np.clip((grey - dark) / max(float(light - dark), 1.0), 0, 1)
+def gray_of(image: Uint8) -> NDArray[np.float32]:
+    """A gray version of an image [H, W, 3] with full contrast, to be overlaid with colors; [H, W], 0 to 1."""
+    gray = np.asarray(Image.fromarray(image).convert("L"), np.float32)
+    dark, light = np.quantile(gray, (0.02, 0.98))
+    return np.clip((gray - dark) / max(float(light - dark), 1.0), 0, 1)
 
 
 def by_share(content: Content) -> list[Segment]:
@@ -298,12 +298,12 @@ def by_share(content: Content) -> list[Segment]:
     return sorted(content.rows, key=lambda row: -row.share)
 
 
-def segment_colours(content: Content) -> dict[int, Colour]:
-    """A colour for each label."""
+def segment_colors(content: Content) -> dict[int, Color]:
+    """A color for each label."""
     labels = [row.label for row in content.rows]
     labels += [int(label) for label in np.unique(content.segments) if int(label) not in labels]
-    colours = label_colours(len(labels)).tolist()
-    return {label: (red, green, blue) for label, (red, green, blue) in zip(labels, colours, strict=True)}
+    colors = label_colors(len(labels)).tolist()
+    return {label: (red, green, blue) for label, (red, green, blue) in zip(labels, colors, strict=True)}
 
 
 def admits(threshold: float, means: ArrayLike) -> NDArray[np.bool_]:

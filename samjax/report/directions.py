@@ -47,5 +47,5 @@ def directions_sheet(rows: Sequence[DirectionRow], side: int = 128) -> Uint8:
             for n in range(count):
                 left = label + n * block + k * (side + seam)
                 sheet.image(left, top, resize(to_uint8(row.images[k, n]), side, side))
-                sheet.text(left + side / 2, top + side + 2, text, 12, align="centre")
+                sheet.text(left + side / 2, top + side + 2, text, 12, align="center")
     return sheet.array()

@@ -18,13 +18,13 @@ from samjax.report.content import (
     Strength,
     by_share,
     fitted,
-    grey_of,
+    gray_of,
     heat_limit,
-    layer_colour,
+    layer_color,
     layer_shares,
     number,
     percent,
-    segment_colours,
+    segment_colors,
     segment_title,
     strength_text,
     strongest_edit,
@@ -34,32 +34,32 @@ from samjax.report.sheets import INK, MUTED, PANEL, Sheet, Uint8
 # --- overlays ---
 
 
-def _painted(image: Uint8, labels: NDArray[np.integer], colours: Uint8, regions: NDArray[np.integer]) -> Uint8:
-    """`colours[labels]`, shaded by a grey version of `image` [H, W, 3], with white lines between `regions`."""
+def _painted(image: Uint8, labels: NDArray[np.integer], colors: Uint8, regions: NDArray[np.integer]) -> Uint8:
+    """`colors[labels]`, shaded by a gray version of `image` [H, W, 3], with white lines between `regions`."""
     height, width = image.shape[:2]
     # Drawn at twice the size and reduced, so that the outlines are smooth.
     labels = sheets.smooth_labels(labels, 2 * height, 2 * width)
     regions = sheets.smooth_labels(regions, 2 * height, 2 * width)
-    grey = grey_of(sheets.resize(image, 2 * height, 2 * width))[..., None]
+    gray = gray_of(sheets.resize(image, 2 * height, 2 * width))[..., None]
     # Only the shade follows the image: layers are told apart by hue.
-    pure = colours[labels].astype(np.float32)
-    mixed = pure * (0.7 + 0.3 * grey) * (1 - 0.35 * grey) + 255 * 0.35 * grey
+    pure = colors[labels].astype(np.float32)
+    mixed = pure * (0.7 + 0.3 * gray) * (1 - 0.35 * gray) + 255 * 0.35 * gray
     mixed[sheets.outlines(regions, max(4, round(width / 110)))] = 255
     return np.array(Image.fromarray(np.rint(mixed).astype(np.uint8)).reduce(2))
 
 
 def segments_overlay(content: Content, height: int, width: int) -> Uint8:
-    """The image in grey, overlaid with a colour per segment; uint8 [height, width, 3], no text."""
-    colours = segment_colours(content)
+    """The image in gray, overlaid with a color per segment; uint8 [height, width, 3], no text."""
+    colors = segment_colors(content)
     labels, index = np.unique(content.segments, return_inverse=True)
     index = index.reshape(content.segments.shape)
-    table = np.array([colours[int(label)] for label in labels], np.uint8)
+    table = np.array([colors[int(label)] for label in labels], np.uint8)
     return _painted(sheets.resize(to_uint8(content.image), height, width), index, table, index)
 
 
 def layers_overlay(content: Content, height: int, width: int) -> Uint8:
-    """The image in grey, overlaid with the colours of the chosen layers; uint8 [height, width, 3], no text."""
-    table = np.array([layer_colour(name) for name in content.layers], np.uint8)
+    """The image in gray, overlaid with the colors of the chosen layers; uint8 [height, width, 3], no text."""
+    table = np.array([layer_color(name) for name in content.layers], np.uint8)
     image = sheets.resize(to_uint8(content.image), height, width)
     return _painted(image, content.layer_map, table, content.segments)
 
@@ -74,7 +74,7 @@ def draw_segments(content: Content) -> Sheet:
     height, width = fitted(content.image.shape, 520, 640)
     cell = max(width, 200)
     rows, legend = by_share(content), 380
-    colours = segment_colours(content)
+    colors = segment_colors(content)
     body = max(height, 36 * min(len(rows), 8))
     room = (body + 10) // 36
     hidden = len(rows) - (room - 1) if len(rows) > room else 0  # the last line gives their number
@@ -93,7 +93,7 @@ def draw_segments(content: Content) -> Sheet:
     x, y = _MARGIN + 2 * (cell + _GAP) + 8, top
     sheet.text(x, _MARGIN, "Share of the image", 20, MUTED, width=legend)
     for row in rows:
-        sheet.panel(x, y, x + 26, y + 26, colours[row.label], 5)
+        sheet.panel(x, y, x + 26, y + 26, colors[row.label], 5)
         sheet.text(x + 38, y + 1, segment_title(row), 21, width=legend - 150)
         sheet.text(x + legend - 8, y + 1, percent(row.share), 21, MUTED, align="right")
         y += 36
@@ -103,7 +103,7 @@ def draw_segments(content: Content) -> Sheet:
 
 
 def segments_figure(content: Content) -> Uint8:
-    """The input, its segments in colour, and a legend with their names and shares; uint8 [h, w, 3]."""
+    """The input, its segments in color, and a legend with their names and shares; uint8 [h, w, 3]."""
     return draw_segments(content).array()
 
 
@@ -142,15 +142,15 @@ def draw_invertibility(content: Content) -> Sheet:
     sheet.line(place, top + 54, place, top + 94, INK, 3)
     mark = f"threshold {content.threshold:g}"
     half = sheet.measure(mark, 20) / 2
-    sheet.text(min(max(place, left + half), right - half), top + 30, mark, 20, MUTED, align="centre")
+    sheet.text(min(max(place, left + half), right - half), top + 30, mark, 20, MUTED, align="center")
     for value in _ticks(high):
-        align = "left" if value == 0 else "right" if value > 0.97 * high else "centre"
+        align = "left" if value == 0 else "right" if value > 0.97 * high else "center"
         sheet.text(left + (right - left) * value / high, top + 96, f"{value:.3g}", 20, MUTED, align=align)
     return sheet
 
 
 def invertibility_figure(content: Content) -> Uint8:
-    """The input and the error map of each layer, with a colour bar of their common scale; uint8 [h, w, 3]."""
+    """The input and the error map of each layer, with a color bar of their common scale; uint8 [h, w, 3]."""
     return draw_invertibility(content).array()
 
 
@@ -170,7 +170,7 @@ def draw_layers(content: Content) -> Sheet:
     x, y = x + cell + _GAP + 8, top
     for name in content.layers:
         used = shares[name] > 0
-        sheet.panel(x, y, x + 40, y + 40, layer_colour(name), 7)
+        sheet.panel(x, y, x + 40, y + 40, layer_color(name), 7)
         sheet.text(x + 54, y, name, 24, INK if used else MUTED, strong=used, width=120)
         share = f"{percent(shares[name])} of the image" if used else "not used"
         sheet.text(x + legend - 8, y + 3, share, 19, MUTED, align="right", width=220)
@@ -180,7 +180,7 @@ def draw_layers(content: Content) -> Sheet:
 
 
 def layers_figure(content: Content) -> Uint8:
-    """The input, the layer of each segment in the palette's colours, and a legend; uint8 [h, w, 3]."""
+    """The input, the layer of each segment in the palette's colors, and a legend; uint8 [h, w, 3]."""
     return draw_layers(content).array()
 
 
@@ -224,7 +224,7 @@ def draw_comparison(content: Content, direction: str | None = None, strength: St
     sheet.text(place(0), tops[1] - 34, "Layer of each segment in SAM", 22, width=cell)
     x, y = place(0), tops[1] + height + 10
     for name in content.layers:
-        sheet.panel(x, y + 2, x + 20, y + 22, layer_colour(name), 4)
+        sheet.panel(x, y + 2, x + 20, y + 22, layer_color(name), 4)
         sheet.text(x + 26, y, name, 21, MUTED)
         x += 26 + sheet.measure(name, 21) + 12
     for column, name in enumerate(methods, 1):

@@ -24,13 +24,13 @@ from samjax.report.content import (
     admits,
     by_share,
     fitted,
-    grey_of,
+    gray_of,
     heat_limit,
-    layer_colour,
+    layer_color,
     layers_at,
     number,
     percent,
-    segment_colours,
+    segment_colors,
     segment_title,
     shown_thresholds,
     strength_text,
@@ -49,17 +49,17 @@ _LINES: Mapping[str, tuple[str, str]] = {
     "F10": ("var(--f10)", "2 3"),
     "SAM": ("var(--accent)", "none"),
 }
-"""Colour and dash pattern of a method's curve."""
+"""Color and dash pattern of a method's curve."""
 
 
-def css(colour: Sequence[int]) -> str:
-    """A colour (red, green, blue; 0 to 255) as "#rrggbb"."""
-    return "#{:02x}{:02x}{:02x}".format(*(int(value) for value in colour))
+def css(color: Sequence[int]) -> str:
+    """A color (red, green, blue; 0 to 255) as "#rrggbb"."""
+    return "#{:02x}{:02x}{:02x}".format(*(int(value) for value in color))
 
 
-def ink_on(colour: Sequence[int]) -> str:
-    """Black or white, whichever is easier to read on `colour`."""
-    linear = [(value / 255) ** 2.2 for value in colour]
+def ink_on(color: Sequence[int]) -> str:
+    """Black or white, whichever is easier to read on `color`."""
+    linear = [(value / 255) ** 2.2 for value in color]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.18 else "#ffffff"
 
@@ -160,13 +160,13 @@ def _loss_chart(losses: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
         # No more points than a screen can show.
         indices = np.flatnonzero(drawn[name])
         kept = indices[np.unique(np.linspace(0, indices.size - 1, min(indices.size, 400)).astype(int))].tolist()
-        colour, dashes = _LINES.get(name, ("var(--muted)", "none"))
+        color, dashes = _LINES.get(name, ("var(--muted)", "none"))
         lines.append(
             {
                 "name": name,
                 "path": " ".join(f"{100 * index / steps:.2f},{place(float(values[index])):.2f}" for index in kept),
                 "points": [[index, float(f"{values[index]:.3g}")] for index in kept],
-                "colour": colour,
+                "color": color,
                 "dashes": dashes,
             }
         )
@@ -201,7 +201,7 @@ def _metric_rows(content: Content) -> list[dict[str, Any]]:
 
 def _segment_rows(content: Content) -> list[dict[str, Any]]:
     """The rows of the table of segments, the largest first, with the segments' outlines."""
-    colours, high = segment_colours(content), heat_limit(content)
+    colors, high = segment_colors(content), heat_limit(content)
     rows = []
     for row in by_share(content):
         chosen = list(content.layers).index(row.layer)
@@ -219,7 +219,7 @@ def _segment_rows(content: Content) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": segment_title(row),
-                "colour": css(colours[row.label]),
+                "color": css(colors[row.label]),
                 "outline": _outline(content.segments == row.label),
                 "share": percent(row.share),
                 "cells": cells,
@@ -324,7 +324,7 @@ def _plain_setting(value: Any) -> str:
 def _context(content: Content, images: _Images) -> dict[str, Any]:
     """The variables of the template, except for the images themselves, which it refers to by identifier."""
     high = heat_limit(content)
-    grey = np.repeat(np.rint(255 * grey_of(to_uint8(content.image)))[..., None], 3, -1).astype(np.uint8)
+    gray = np.repeat(np.rint(255 * gray_of(to_uint8(content.image)))[..., None], 3, -1).astype(np.uint8)
     states = _threshold_states(content, images)
     chart = _loss_chart(content.losses) if content.losses else None
     return {
@@ -332,12 +332,12 @@ def _context(content: Content, images: _Images) -> dict[str, Any]:
         "height": content.image.shape[0],
         "width": content.image.shape[1],
         "input": images.add(content.image),
-        "grey": images.add(grey),
+        "gray": images.add(gray),
         "layers": [
             {
                 "name": name,
-                "colour": css(layer_colour(name)),
-                "ink": ink_on(layer_colour(name)),
+                "color": css(layer_color(name)),
+                "ink": ink_on(layer_color(name)),
                 "meaning": LAYER_MEANINGS.get(name, ""),
                 "map": images.add(sheets.heat(content.maps[index], high)),
                 "mean": f"{np.nanmean(content.maps[index]):.3f}",
@@ -348,7 +348,7 @@ def _context(content: Content, images: _Images) -> dict[str, Any]:
         "own": next(index for index, state in enumerate(states) if state["own"]),
         "swept": bool(content.sweep),
         "high": f"{high:g}",
-        "scale": ", ".join(css(colour) for colour in sheets.heat(np.linspace(0, high, 33), high)),
+        "scale": ", ".join(css(color) for color in sheets.heat(np.linspace(0, high, 33), high)),
         "segments": _segment_rows(content),
         "methods": _methods(content, images),
         "metrics": [

@@ -1,4 +1,4 @@
-"""Drawing figures with Pillow: a sheet for images and text, a colour scale, and smooth outlines of label images."""
+"""Drawing figures with Pillow: a sheet for images and text, a color scale, and smooth outlines of label images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from samjax.io.images import oklch_to_srgb
 
 Uint8 = NDArray[np.uint8]
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 INK, MUTED, LINE, PAPER, PANEL = (27, 31, 36), (96, 103, 112), (214, 218, 224), (255, 255, 255), (237, 243, 251)
 
@@ -46,9 +46,9 @@ def printable(text: str) -> str:
 
 
 def heat(values: ArrayLike, high: float) -> Uint8:
-    """Maps values from 0 to `high` to colours from dark blue through red to light yellow, uint8 [..., 3].
+    """Maps values from 0 to `high` to colors from dark blue through red to light yellow, uint8 [..., 3].
 
-    Lightness rises evenly (in Oklch), so that the scale can be read in greyscale and by colour-blind readers.
+    Lightness rises evenly (in Oklch), so that the scale can be read in grayscale and by color-blind readers.
     """
     ramp = np.linspace(0, 1, 256)
     chroma = 0.08 + 0.11 * np.sin(np.pi * ramp) ** 0.7
@@ -67,7 +67,7 @@ def resize(image: Uint8, height: int, width: int) -> Uint8:
 
 
 def smooth_labels(labels: NDArray[np.integer], height: int, width: int) -> NDArray[np.int32]:
-    """Resizes a label image [h, w] with smooth outlines rather than the staircase of nearest neighbours."""
+    """Resizes a label image [h, w] with smooth outlines rather than the staircase of nearest neighbors."""
     scale_y, scale_x = height / labels.shape[0], width / labels.shape[1]
     margin = 3 + math.ceil(4 * max(1.0, 1 / scale_y, 1 / scale_x))  # reach of the filters around a pixel
     best = np.zeros((height, width), np.float32)
@@ -143,32 +143,32 @@ class Sheet:
         y: float,
         text: str,
         size: int,
-        colour: Colour = INK,
+        color: Color = INK,
         *,
         width: float | None = None,
-        align: Literal["left", "centre", "right"] = "left",
+        align: Literal["left", "center", "right"] = "left",
         strong: bool = False,
     ) -> None:
         """Draws a line of text below `y`, cut to `width`; by `align`, `x` is its left edge, middle or right edge."""
         font = self._font(size)
         text = printable(text) if width is None else self.shorten(text, size, width)
-        anchor = {"left": "la", "centre": "ma", "right": "ra"}[align]
+        anchor = {"left": "la", "center": "ma", "right": "ra"}[align]
         # The font has no bold weight: the text is drawn twice, slightly apart.
         for shift in (0.0, 0.04 * size) if strong else (0.0,):
-            self._draw.text((x + shift, y), text, fill=colour, font=font, anchor=anchor)
+            self._draw.text((x + shift, y), text, fill=color, font=font, anchor=anchor)
         if text:
             self.boxes.append(Box("text", *self._draw.textbbox((x, y), text, font=font, anchor=anchor)))
 
-    def paragraph(self, x: float, y: float, text: str, size: int, width: float, colour: Colour = MUTED) -> float:
+    def paragraph(self, x: float, y: float, text: str, size: int, width: float, color: Color = MUTED) -> float:
         """Draws text wrapped to `width`; returns the `y` of the line after it."""
         line = ""
         for word in printable(text).split():
             if line and self.measure(f"{line} {word}", size) > width:
-                self.text(x, y, line, size, colour, width=width)
+                self.text(x, y, line, size, color, width=width)
                 y, line = y + size * 1.3, word
             else:
                 line = f"{line} {word}".strip()
-        self.text(x, y, line, size, colour, width=width)
+        self.text(x, y, line, size, color, width=width)
         return y + size * 1.3
 
     def image(self, x: int, y: int, image: Uint8) -> None:
@@ -177,20 +177,20 @@ class Sheet:
         self._image.paste(Image.fromarray(image), (x, y))
         self.boxes.append(Box("image", x, y, x + width, y + height))
 
-    def panel(self, left: float, top: float, right: float, bottom: float, colour: Colour, radius: float = 0) -> None:
+    def panel(self, left: float, top: float, right: float, bottom: float, color: Color, radius: float = 0) -> None:
         """Draws a filled rectangle with corners of `radius` pixels."""
         if radius == 0:
-            self._draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
+            self._draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
             return
         # Pillow does not antialias: draw at four times the size and reduce.
         scale, width, height = 4, round(right - left), round(bottom - top)
         mask = Image.new("L", (width * scale, height * scale))
         ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), radius * scale, fill=255)
-        self._image.paste(colour, (round(left), round(top)), mask.reduce(scale))
+        self._image.paste(color, (round(left), round(top)), mask.reduce(scale))
 
-    def line(self, x0: float, y0: float, x1: float, y1: float, colour: Colour = LINE, width: int = 1) -> None:
+    def line(self, x0: float, y0: float, x1: float, y1: float, color: Color = LINE, width: int = 1) -> None:
         """Draws a straight line."""
-        self._draw.line((x0, y0, x1, y1), fill=colour, width=width)
+        self._draw.line((x0, y0, x1, y1), fill=color, width=width)
 
     def array(self) -> Uint8:
         """The sheet as an image, uint8 [H, W, 3]."""

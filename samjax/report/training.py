@@ -28,7 +28,7 @@ def maps_figure(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequen
       height: height in pixels of each image in the figure.
 
     Returns:
-      uint8 [H, W, 3]; all maps share one colour scale.
+      uint8 [H, W, 3]; all maps share one color scale.
     """
     width = round(height * examples[0][0].shape[1] / examples[0][0].shape[0])
     high = max(float(np.max(true)) for _, _, true in examples) or 1.0
@@ -104,13 +104,13 @@ def curve_figure(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, 
             y = place(value)
             sheet.line(left, y, width - _EDGE, y, LINE)
             sheet.text(left - 10, y - 8, f"{value:.2g}", _SMALL, MUTED, align="right")
-        for points, colour, thick in zip(series, (_TRAIN, _VAL), (2, 3), strict=True):
+        for points, color, thick in zip(series, (_TRAIN, _VAL), (2, 3), strict=True):
             at = [(left + step / last * (width - _EDGE - left), place(v)) for step, v in points if math.isfinite(v)]
             for (xa, ya), (xb, yb) in itertools.pairwise(at):
-                sheet.line(xa, ya, xb, yb, colour, thick)
-        for i, (text, colour) in enumerate((("training", _TRAIN), ("validation", _VAL))):
+                sheet.line(xa, ya, xb, yb, color, thick)
+        for i, (text, color) in enumerate((("training", _TRAIN), ("validation", _VAL))):
             x = width - _EDGE - 230 + i * 110
-            sheet.panel(x, top + 6, x + 12, top + 18, colour)
+            sheet.panel(x, top + 6, x + 12, top + 18, color)
             sheet.text(x + 18, top + 3, text, _SMALL, INK)
         sheet.text(width - _EDGE, y1 + 8, f"step {last:,}", _SMALL, MUTED, align="right")
         sheet.text(left, y1 + 8, "step 0", _SMALL, MUTED)
