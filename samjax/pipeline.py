@@ -225,7 +225,7 @@ class Pipeline:
             segments=labels,
             segment_names=dict(segment_names or {}),
             segments_from=self.category.segmenter if segments is None else "given",
-            ws=self._start(target) if ws is None else self._array(ws, "ws", self.layers_shape),
+            ws=self.start(target) if ws is None else self._array(ws, "ws", self.layers_shape),
             layers=tuple(layer.name for layer in self.layers),
             maps=np.zeros((len(self.layers), height, width), np.float32),
             singles={},
@@ -442,6 +442,16 @@ class Pipeline:
             noise=self.config.stored_noise, precision=self.config.matmul_precision, batch_size=self.config.batch_size,
         )  # fmt: skip
 
+    def start(self, target: np.ndarray) -> np.ndarray:
+        """Where W+ starts for a target [h, w, 3]: at the encoder's code, or as the category says; [num_ws, w_dim]."""
+        if self.encoder is not None:
+            return analysis.encode(self.encoder.config, self.encoder.params, target[None])[0]
+        kind: Literal["mean", "best"] = "best" if self.category.start == "best" else "mean"
+        key = jax.random.fold_in(jax.random.key(self.options.seed), 1)
+        return analysis.start_latents(
+            self.generator.config, self.networks, target[None], self.config, kind=kind, key=key
+        )[0]
+
     def start_image(self, known: Analysis) -> np.ndarray:
         """The generator's image of where W+ starts; [R, R, 3]."""
         latents = init_latents(self.layers, jnp.asarray(known.ws)[None])
@@ -564,16 +574,6 @@ class Pipeline:
                 f"{size[0]} x {size[1]}"
             )
         return images.fit_labels(labels, height, width, self.options.fit)
-
-    def _start(self, target: np.ndarray) -> np.ndarray:
-        """[num_ws, w_dim]: where W+ starts."""
-        if self.encoder is not None:
-            return analysis.encode(self.encoder.config, self.encoder.params, target[None])[0]
-        kind: Literal["mean", "best"] = "best" if self.category.start == "best" else "mean"
-        key = jax.random.fold_in(jax.random.key(self.options.seed), 1)
-        return analysis.start_latents(
-            self.generator.config, self.networks, target[None], self.config, kind=kind, key=key
-        )[0]
 
     def _measured(self, known: Analysis, directory: str | Path | None, on_progress: OnProgress | None) -> Analysis:
         """`known` with maps that are measured by an inversion in each layer, or were kept in `directory`."""

@@ -79,7 +79,7 @@ def draw_scenes(directory: Path, count: int, seed: int = 30, easy_every: int = 4
     Raises:
       UserError: the images cannot be written.
     """
-    files.output_folder(directory)
+    files.output_directory(directory)
     key = jax.random.key(seed)
     paths = [directory / f"scene{seed}_{i:05d}.png" for i in range(count)]
     for i, path in enumerate(tqdm.tqdm(paths, unit="scene")):

@@ -254,6 +254,3 @@ def output_directory(path: str | Path) -> Path:
     except ValueError as error:
         raise UserError(f"cannot use {str(directory)!r} as the output directory: not a legal directory name") from error
     return directory
-
-
-output_folder = output_directory  # the name that callers still use

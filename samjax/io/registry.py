@@ -328,7 +328,7 @@ def download(file: WeightFile, category: str, cache: Path, *, progress: bool = T
     import pooch
     import requests
 
-    files.output_folder(folder)
+    files.output_directory(folder)
     get = _Resuming(folder / f"{file.name}.part", file.name, progress)
     logger = pooch.get_logger()
     level = logger.level

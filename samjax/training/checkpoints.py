@@ -28,7 +28,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        files.output_folder(directory)
+        files.output_directory(directory)
         self._best = best
         keep = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
@@ -130,7 +130,7 @@ class Log:
           step: the step after which the run resumes. Metrics of later steps, by a run that was stopped, are dropped.
           write: whether to write files; otherwise metrics are kept in memory only.
         """
-        self.path = files.output_folder(directory) / "metrics.jsonl"
+        self.path = files.output_directory(directory) / "metrics.jsonl"
         self.rows = [row for row in _rows(self.path) if row["step"] <= step]
         self._board = None
         if write:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from samjax import analysis, driver, losses
+from samjax import driver, losses
 from samjax.config import CategoryName, Fit, InversionConfig, Options, Precision, Preset, Start, resolve
 from samjax.errors import UserError
 from samjax.inversion import Items
@@ -123,7 +123,7 @@ def invert_directory(options: DirectoryOptions) -> DirectoryResult:
     paths = images.list_images(options.image_folder)
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     config = _config(options, pipeline)
-    files.output_folder(options.output_path)
+    files.output_directory(options.output_path)
     share = tuple(paths[jax.process_index() :: jax.process_count()])
     remaining = {path: _unfinished(path, options.output_path, config.latent_names) for path in share}
     count, total = sum(map(len, remaining.values())), len(share) * len(config.latent_names)
@@ -132,7 +132,7 @@ def invert_directory(options: DirectoryOptions) -> DirectoryResult:
     failed: dict[Path, str] = {}
     with tqdm.tqdm(total=count, unit="inversion", desc="single layers", disable=not count) as bar:
         batch: list[_Item] = []
-        for item in _items(remaining, options, pipeline, config, failed):
+        for item in _items(remaining, options, pipeline, failed):
             batch.append(item)
             if len(batch) == config.batch_size:
                 _invert(batch, options, pipeline, config, failed)
@@ -165,7 +165,6 @@ def _items(
     remaining: dict[Path, list[int]],
     options: DirectoryOptions,
     pipeline: Pipeline,
-    config: InversionConfig,
     failed: dict[Path, str],
 ) -> Iterator[_Item]:
     """Reads images as their inversions are asked for, and adds those that cannot be read to `failed`."""
@@ -181,18 +180,9 @@ def _items(
             continue
         image = images.fit(source, height * factor, width * factor, options.fit)
         target = images.to_float(images.fit(source, height, width, options.fit))
-        ws = _start(pipeline, config, target, options.seed)
+        ws = pipeline.start(target)
         for layer in layers:
             yield _Item(path, layer, image, target, ws)
-
-
-def _start(pipeline: Pipeline, config: InversionConfig, target: np.ndarray, seed: int) -> np.ndarray:
-    """W+ [num_ws, w_dim] at which the inversion of a target starts."""
-    if pipeline.encoder is not None:
-        return analysis.encode(pipeline.encoder.config, pipeline.encoder.params, target[None])[0]
-    key, kind = jax.random.fold_in(jax.random.key(seed), 1), pipeline.category.start
-    generator, networks = pipeline.generator.config, pipeline.networks
-    return analysis.start_latents(generator, networks, target[None], config, kind=kind, key=key)[0]  # type: ignore[arg-type]
 
 
 def _invert(

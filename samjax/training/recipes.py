@@ -368,6 +368,6 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
     Raises:
       UserError: it has other settings, or the directory cannot be written.
     """
-    files.output_folder(directory)
+    files.output_directory(directory)
     if jax.process_index() == 0:
         provenance.check_settings(directory / "settings.json", settings, "--output_folder")
