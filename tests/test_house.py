@@ -104,6 +104,13 @@ def test_every_room_imports_only_rooms_before_it():
     assert not wrong
 
 
+def test_the_architecture_page_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for number, rooms in enumerate(LEVELS, 1):
+        for name in rooms:
+            assert re.search(rf"^\| {number} \| .*`{name}/?`", page, re.MULTILINE), name
+
+
 def test_networks_know_no_files():
     for name, path in MODULES.items():
         if name.startswith("samjax.nets"):
