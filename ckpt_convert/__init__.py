@@ -1,7 +1,7 @@
 """Conversion of networks from other programs' files, and of samjax's networks to them.
 
 `load` reads a file as its authors distribute it straight into memory. `python -m ckpt_convert --help` describes the
-command line, which converts files once and for all.
+command line, which converts files once, for repeated use.
 
 `formats` reads files as named arrays, without the libraries that wrote them and without executing anything in them. One
 module for each network, such as `stylegan2`, holds the table of its parameters' names and layouts in other programs,

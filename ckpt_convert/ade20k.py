@@ -34,7 +34,7 @@ def _config(arrays: Mapping[str, Stored]) -> ADE20KConfig:
     def outputs(name: str) -> int:
         shape = arrays[name].shape if name in arrays else ()
         if len(shape) != 4:
-            raise UserError(f"no ADE20K segmenter in the files: {name} is no convolution")
+            raise UserError(f"no ADE20K segmenter in the files: {name} is not a convolution")
         return shape[0]
 
     blocks = []

@@ -25,7 +25,7 @@ def _config(arrays: Mapping[str, Stored]) -> BiSeNetConfig:
     def outputs(name: str) -> int:
         shape = arrays[name].shape if name in arrays else ()
         if len(shape) != 4:
-            raise UserError(f"no BiSeNet face parser in the file: {name} is no convolution")
+            raise UserError(f"no BiSeNet face parser in the file: {name} is not a convolution")
         return shape[0]
 
     try:

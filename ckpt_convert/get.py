@@ -71,14 +71,14 @@ def get(
 
 
 def prepare(options: Options, *, segmenter: bool = True, notify: Notify = print) -> Options:
-    """Converts the networks that options ask for, so that `samjax.Pipeline.from_options` can load them.
+    """Converts the networks that options select, so that `samjax.Pipeline.from_options` can load them.
 
     Files given as their authors distribute them are replaced by their converted directories. The networks of an
     official category are looked for in `options.weights` and in the cache, and converted where `samjax` finds them;
     nothing is downloaded.
 
     Args:
-      options: of the user.
+      options: the user's options.
       segmenter: whether segments have to be found, rather than given.
       notify: called with a line of text before each conversion.
 
@@ -150,7 +150,7 @@ def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Not
 
 
 def _convert_once(sources: Sequence[Path], network: str, folder: Path, notify: Notify) -> Path:
-    """Converts the network in `sources` to `folder`, unless `folder` was converted from these very files."""
+    """Converts the network in `sources` to `folder`, unless `folder` was already converted from the same files."""
     record = folder.with_name(f"{folder.name}.sources.json")
     state = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
     try:

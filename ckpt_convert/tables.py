@@ -180,7 +180,7 @@ def to_ours(
     try:
         found = {path: find(rows, path) for path in shapes}
     except KeyError as error:
-        raise UserError(f"files with these names cannot hold {error.args[0]}, which the config asks for") from None
+        raise UserError(f"files with these names cannot hold {error.args[0]}, which the config requires") from None
     # The shapes in the file's layout, found by rearranging a broadcast scalar.
     zero = np.float32(0)
     expected = {

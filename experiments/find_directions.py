@@ -59,7 +59,7 @@ class Arguments:
     scored: int = 500
     """Number of images that the scorer gets."""
     name: str | None = None
-    """Of the files. Default: the method, or the name of the file of scores or of the scorer."""
+    """Name of the files. Default: the method, or the name of the file of scores or of the scorer."""
     samples: int = 20_000
     """Number of mapped z, for the spread of the styles."""
     images: int = 3
@@ -69,7 +69,7 @@ class Arguments:
     typical_change: float = 0.1
     """LPIPS between images before and after a typical edit."""
     seed: int = 0
-    """Of the mapped z."""
+    """Seed of the mapped z."""
 
 
 def check(args: Arguments) -> None:
@@ -84,7 +84,7 @@ def check(args: Arguments) -> None:
 def find(
     args: Arguments, method: Method, layers: tuple[int, int] | None, generator: LoadedNetwork, styles: Styles
 ) -> Directions:
-    """The directions that the arguments ask for.
+    """The directions that the arguments describe.
 
     Raises:
       UserError: scores that are missing, or that give no direction.

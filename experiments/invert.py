@@ -33,14 +33,14 @@ class Arguments(Options):
     image_path: Path | None = None
     """The image. Default: a sample of the demo."""
     output_path: Path = Path("output")
-    """Results go to a directory in it that has the image's name."""
+    """Directory of the results, with a subdirectory named after the image."""
     segments: Path | None = None
-    """A label image of the same size as the image: one value or flat color for each segment. Default: found by the
-    segmenter."""
+    """A label image of the same size as the image: one value or flat color for each segment. Default: the segmenter
+    finds the segments."""
     sweep_thresholds: bool = False
-    """Runs all thresholds of the category; those that choose the same layers run once."""
+    """Runs all thresholds of the category; those that choose the same layers are optimized once."""
     paste_back: bool = False
-    """Also writes reconstruction and edits at the image's own size and shape; what a crop left out stays as it was."""
+    """Also writes reconstruction and edits at the image's own size and shape; what a crop removed is unchanged."""
     save_final_latent: bool = True
     """Keeps latents_T*.npz, from which a later run continues."""
     save_intermediate: bool = False

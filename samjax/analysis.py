@@ -1,8 +1,8 @@
-"""What is known of an image before it is inverted: its segments, where W+ starts, and how well each layer fits where.
+"""The analysis of an image before its inversion: segments, where W+ starts, and the error maps of the layers.
 
 An error map gives, for one latent layer used alone, the perceptual error at each pixel. `measure_maps` measures it by
-inverting in each layer, for any generator. `predict_maps` asks a network that was trained on such measurements of one
-kind of image (SAM, CVPR 2022, section 3.2).
+inverting in each layer, for any generator. `predict_maps` uses a network trained on such measurements for
+one kind of image (SAM, CVPR 2022, section 3.2).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Analysis:
     """One image, ready to be inverted. All arrays are NumPy's.
 
     Attributes:
-      name: of the image: its file's name without the suffix, or "image".
+      name: name of the image: that of its file without the suffix, or "image".
       source: uint8 [H, W, 3], the image as it was given.
       target: float32 [h, w, 3] in [-1, 1], at the category's size.
       segments: integers [h, w], the label of each pixel.
-      segment_names: label to what the segment shows, if that is known.
+      segment_names: label to the name of what the segment shows, where known.
       segments_from: "given", or the segmenter that found them.
       ws: [num_ws, w_dim], where W+ starts.
       layers: names of the latent layers, the most editable first.
@@ -89,11 +89,11 @@ def spatial_maps(
     """Spatial LPIPS between a generator's images and targets.
 
     Args:
-      params: of the LPIPS network.
-      images: [N, R, R, 3]; reduced, clipped and cropped to the targets as the loss does it.
+      params: parameters of the LPIPS network.
+      images: [N, R, R, 3]; reduced, clipped and cropped to the targets as in the loss.
       targets: [N, h, w, 3] in [-1, 1].
       net: "vgg" or "alex".
-      precision: of convolutions.
+      precision: precision of convolutions.
       batch_size: pairs in one pass.
 
     Returns:
@@ -127,10 +127,11 @@ def measure_maps(
       targets: [N, h, w, 3] in [-1, 1].
       ws: [N, num_ws, w_dim], where W+ starts.
       config: settings; `num_opt_steps` is the length of each inversion (501 in the authors' training of their
-        predictor; some tens already rank the layers).
-      seed: of the noise.
+        predictor; a few dozen already rank the layers).
+      seed: seed of the noise.
       map_params: LPIPS weights of the maps; those of the loss if None.
-      map_net: their network. The authors' maps, and therefore their thresholds, are VGG's.
+      map_net: LPIPS network of the maps; that of the loss if None. The authors' maps, and therefore their thresholds,
+        are VGG's.
       on_progress: as in `driver.run`.
 
     Returns:
@@ -139,7 +140,7 @@ def measure_maps(
 
     Raises:
       DivergedError: a loss is not finite.
-      ValueError: shapes that do not belong together.
+      ValueError: shapes are inconsistent.
     """
     targets = np.asarray(targets, np.float32)
     layers = latent_layers(generator, config.latent_names)
@@ -180,7 +181,7 @@ def predict_maps(
       config: sizes of the predictor; the maps are those of `config.latent_names`, in this order.
       params: its variables; see `samjax.nets.deeplab`.
       targets: [N, h, w, 3] in [-1, 1].
-      precision: of convolutions; "highest" is full float32 on every device.
+      precision: precision of convolutions; "highest" is full float32 on every device.
       batch_size: targets in one pass.
 
     Returns:
@@ -216,7 +217,7 @@ def encode(
       config: sizes of the encoder.
       params: its variables; see `samjax.nets.e4e`.
       targets: [N, h, w, 3] in [-1, 1].
-      precision: of convolutions; "highest" is full float32 on every device.
+      precision: precision of convolutions; "highest" is full float32 on every device.
       batch_size: targets in one pass.
 
     Returns:
@@ -271,12 +272,12 @@ def start_latents(
 
     Args:
       generator: sizes of the generator.
-      networks: its parameters, LPIPS' and the prior.
+      networks: its parameters, those of LPIPS, and the prior.
       targets: [N, h, w, 3] in [-1, 1].
-      config: of the inversion.
+      config: settings of the inversion.
       kind: "mean", or "best" of `samples` by LPIPS (the mean style is one of them).
-      samples: mapped z to try.
-      truncation_psi: 1 samples the generator's whole range, less stays nearer to its mean.
+      samples: number of mapped z to try.
+      truncation_psi: 1 samples the generator's whole range; smaller values stay closer to the mean style.
       key: random key, for "best".
       batch_size: sampled images in one pass.
 
@@ -300,7 +301,7 @@ def start_latents(
     best, chosen = np.full(count, np.inf), np.array(mean)
     for first in range(0, samples, batch_size):
         z = jax.random.normal(jax.random.fold_in(key, first), (batch_size, generator.z_dim))
-        # Truncated to nothing, the first sample of all is the mean style itself.
+        # With psi = 0, the very first sample is the mean style itself.
         psi = np.full((batch_size, 1, 1), truncation_psi, np.float32)
         psi[0] *= first > 0
         ws, distances = _candidates(

@@ -1,4 +1,4 @@
-"""Work on many items in batches of one size, so that every batch runs the same compiled program."""
+"""Processing many items in batches of one size, so that every batch runs the same compiled program."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def map_batches(function: Callable[[Any], Any], arrays: Any, batch_size: int) ->
       batch_size: items in one call.
 
     Returns:
-      What the function returns for all N items, as NumPy arrays.
+      The function's results for all N items, as NumPy arrays.
 
     Raises:
       ValueError: there are no items.

@@ -1,4 +1,4 @@
-"""What every program shares: arguments in, one clear line and an exit code out."""
+"""Shared by all programs: parsing arguments, reporting errors in one clear line, and exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Args = TypeVar("Args")
 def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
     """Parses the command line into the dataclass `arguments` (dashes or underscores) and calls `main` with it.
 
-    Exit codes: 0; 2 for bad input, with one line and no traceback; 130 for Ctrl-C.
+    Exit codes: 0 for success; 2 for bad input, with one line and no traceback; 130 for Ctrl-C.
     """
     import tyro
 

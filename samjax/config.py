@@ -1,4 +1,4 @@
-"""Settings: image categories, how latents are optimized, the options that a user gives, and how these are resolved."""
+"""Settings: image categories, the settings of the optimization, user options, and how these are resolved."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class InversionConfig:
       noise: the generator's noise during optimization: drawn anew at every step ("random"), the stored one, or none.
       loss_resolution: larger images are reduced to this size before they are compared.
       batch_size: items (targets with their masks) in one program.
-      chunk_steps: steps between two visits of the host; None for 25, and for 1 on a CPU, where XLA runs the body of a
+      chunk_steps: steps between two visits to the host; None means 25, or 1 on a CPU, where XLA runs the body of a
         longer loop on one thread.
-      precision: of matrix products and convolutions during optimization. "highest" is full float32 on every device;
+      precision: precision of products and convolutions in the optimization. "highest" is full float32 on every device;
         "high" and "default" are JAX's, which a CPU ignores (TF32 on NVIDIA GPUs; three passes of bfloat16, or one, on
         TPUs); "bfloat16" keeps kernels and activations of LPIPS and of the generator's four highest resolutions in
         16 bits, with sums in float32, and everything else in full float32.
@@ -83,17 +83,17 @@ class InversionConfig:
 
     @property
     def half_precision(self) -> bool:
-        """Whether the optimization runs in bfloat16 where `precision` describes it."""
+        """Whether the parts that `precision` describes run in bfloat16."""
         return self.precision == "bfloat16"
 
     @property
     def matmul_precision(self) -> Literal["highest", "high", "default"]:
-        """Of float32 products, for `jax.default_matmul_precision`."""
+        """The precision of float32 products, for `jax.default_matmul_precision`."""
         return "highest" if self.precision == "bfloat16" else self.precision
 
     @property
     def stored_noise(self) -> Literal["const", "none"]:
-        """Noise of images that are rendered from finished latents: nothing is drawn anew."""
+        """The noise for images rendered from finished latents: never drawn anew."""
         return "none" if self.noise == "none" else "const"
 
 
@@ -115,19 +115,19 @@ def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConf
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    """What belongs to one kind of image.
+    """One kind of image: its sizes, and the defaults of its inversions.
 
     Attributes:
-      name: by which a user asks for it.
+      name: the name that users give.
       resolution: the generator's image size.
       target_size: (height, width) of target, segments and error maps. Where the height is smaller, the generator's
         images are letterboxed: masks get rows of zeros, and images lose rows, above and below.
       threshold: mean error up to which a segment may use a layer.
       threshold_range: lowest and highest threshold of a sweep.
-      segmenter: what finds segments unless a label image is given: a classical method, or a network.
+      segmenter: how segments are found unless a label image is given: by a classical method, or a network.
       invertibility: where error maps come from: a short inversion in each layer, or the predictor.
       start: where W+ starts: the mean style, the best of some samples, or the encoder's code.
-      config: settings of its inversions, unless the user gives others.
+      config: default settings of its inversions.
       official: whether the authors of SAM distribute networks for it.
     """
 
@@ -144,7 +144,7 @@ class Category:
 
     @classmethod
     def for_resolution(cls, resolution: int) -> Category:
-        """For a generator of the user's own: square images, compared at 256 px or the generator's size if smaller."""
+        """The category of a custom generator: square images, compared at 256 px or at its own size if smaller."""
         size = min(resolution, 256)
         return cls("custom", resolution, target_size=(size, size))
 
@@ -188,7 +188,7 @@ CATEGORIES = {
 
 
 def segmenter_category(segmenter: str) -> str:
-    """The category whose files a segmentation network is distributed with."""
+    """The category whose files include a segmentation network."""
     return next(category.name for category in CATEGORIES.values() if category.segmenter == segmenter)
 
 
@@ -199,7 +199,7 @@ def segmenter_category(segmenter: str) -> str:
 class Options:
     """How images are inverted and edited: flags of every program, and keyword arguments of `Pipeline`.
 
-    Names and meanings are those of the authors' script wherever it has them.
+    Options that the authors' script also has keep its names and meanings.
     """
 
     image_category: CategoryName | None = None
@@ -219,7 +219,7 @@ class Options:
     """How segments are found: felzenszwalb and slic by color, the others by a network: ade20k (150 classes of scenes),
     bisenet (parts of faces), mask_rcnn (the 80 classes of COCO). Default: the category's."""
     swap_channels: bool = False
-    """Gives mask_rcnn red for blue, as the authors' script does; for comparisons with it."""
+    """Swaps red and blue for mask_rcnn, as the authors' script does; for comparisons with it."""
     invertibility: Invertibility | None = None
     """Where error maps come from: "measured" by a short inversion in each layer, or "predicted" by a network.
     Default: the category's, or predicted with inv_model_path."""
@@ -229,9 +229,9 @@ class Options:
     latent_names: str | None = None
     """Candidate latent layers, separated by commas. Default: all of W+,F4,F6,F8,F10 that the generator has."""
     fit: Fit = "stretch"
-    """How an image of another shape is brought to the category's size."""
+    """How an image of another aspect ratio is fitted to the category's size."""
     invertibility_steps: int | None = None
-    """Steps of each inversion by which error maps are measured. Default: num_opt_steps, at most 501."""
+    """Steps of each inversion that measures error maps. Default: num_opt_steps, at most 501."""
     threshold: float | None = None
     """Mean error up to which a segment may use a layer. Default: the category's."""
 
@@ -264,39 +264,39 @@ class Options:
     lambda_mvg: float | None = None
     """Weight of the prior on W+."""
     precision: Precision | None = None
-    """Of the optimization: "highest", the default, is full float32; "high" and "default" are faster on GPUs and TPUs
-    only; "bfloat16" uses 16 bits in LPIPS and in the generator's highest resolutions."""
+    """Precision of the optimization: "highest", the default, is full float32; "high" and "default" are faster on GPUs
+    and TPUs only; "bfloat16" uses 16 bits in LPIPS and in the generator's highest resolutions."""
     noise: Literal["random", "const", "none"] = "random"
     """The generator's noise during optimization."""
     batch_size: int | None = None
     """Inversions in one program. Default: 1 on a CPU; elsewhere as many as fit, at most 8, or 16 in a sweep."""
     seed: int = 0
-    """Of the noise, of the prior's samples, and of the samples that --start best tries."""
+    """Seed of the noise, of the prior's samples, and of the samples that --start best tries."""
 
     generate_edits: bool | None = None
-    """Applies the directions of edits_folder. Default: if there are any."""
+    """Applies the directions in edits_folder. Default: whenever there are any."""
     edits_folder: Path | None = None
     """A directory of directions: .npy, .npz, .safetensors, or .pt (InterFaceGAN's, and the first eight components of
     GANSpace's). Default: the category's."""
     edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
-    """Multiples of each direction."""
+    """Strengths of the edits: multiples of each direction."""
 
 
 def resolve_category(
     options: Options, *, generator: bool = False, encoder: bool = False, predictor: bool = False
 ) -> Category:
-    """The category that options ask for, with the options laid over its defaults.
+    """The category that options select, with the options overriding its defaults.
 
     The sizes of the category "custom" are preliminary; `resolve` takes them from the generator.
 
     Args:
-      options: of the user.
-      generator: whether the caller has one, beside that of the options.
-      encoder: likewise.
-      predictor: likewise.
+      options: the user's options.
+      generator: whether the caller supplies a generator, in addition to any in the options.
+      encoder: whether the caller supplies an encoder.
+      predictor: whether the caller supplies a predictor.
 
     Raises:
-      UserError: a network is asked for that neither the options nor the category have.
+      UserError: the options need a network that neither they nor the category provide.
     """
     generator = generator or options.gan_weights is not None
     encoder, predictor = encoder or options.e4e_path is not None, predictor or options.inv_model_path is not None
@@ -314,7 +314,7 @@ def resolve_category(
         (maps == "predicted", predictor, "--invertibility predicted needs --inv_model_path"),
     ):
         if wanted and not given and not learned:
-            raise UserError(f"{flag}: the category {name} has no such network of its own")
+            raise UserError(f"{flag}: the category {name} has no such network")
     threshold = category.threshold if options.threshold is None else options.threshold
     if not math.isfinite(threshold):
         raise UserError(f"--threshold must be a finite number, not {threshold}")
@@ -328,15 +328,15 @@ def resolve_category(
 
 
 def required_roles(options: Options, *, segmenter: bool = True) -> tuple[str, ...]:
-    """Networks of an official category that are needed beside those whose paths the options give.
+    """Networks of an official category that are needed in addition to those whose paths the options give.
 
     Args:
-      options: of the user.
+      options: the user's options.
       segmenter: whether segments have to be found.
 
     Returns:
       Any of "generator", "encoder", "invertibility" and "segmenter"; the last one only if it is the category's own
-      (`segmenter_category` says where another one is found).
+      (`segmenter_category` tells where to find another one).
 
     Raises:
       UserError: as `resolve_category`.
@@ -356,12 +356,12 @@ def required_roles(options: Options, *, segmenter: bool = True) -> tuple[str, ..
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Options, resolved for one generator: nothing is left open.
+    """Options, fully resolved for one generator.
 
     Attributes:
-      category: with sizes, threshold and sources of this run.
-      config: of every inversion.
-      measure_steps: of each inversion by which error maps are measured.
+      category: the category, with the sizes, threshold and sources of this run.
+      config: settings of every inversion.
+      measure_steps: steps of each inversion that measures error maps.
     """
 
     category: Category
@@ -377,14 +377,14 @@ def resolve(
     max_batch_size: int = 8,
     devices: int = 1,
 ) -> Settings:
-    """Resolves what options leave open: the one place that decides category, schedule, steps, layers and batch size.
+    """Resolves options: the one place that decides category, schedule, steps, layers and batch size.
 
     Args:
-      options: of the user.
+      options: the user's options.
       generator: sizes of the generator.
-      category: of `resolve_category`; found from the options if None.
+      category: as returned by `resolve_category`; derived from the options if None.
       max_batch_size: upper limit of the default batch size, for each device.
-      devices: over which each batch is divided.
+      devices: number of devices over which each batch is divided.
 
     Raises:
       UserError: values out of range, layers that the generator does not have, or a generator whose images do not have
@@ -416,7 +416,7 @@ def resolve(
     given.setdefault("batch_size", devices * default_batch_size(generator, max_batch_size))
     if given["batch_size"] % devices:
         raise UserError(
-            f"--batch_size {given['batch_size']} does not divide by the {devices} devices: give a multiple of {devices}"
+            f"--batch_size {given['batch_size']} does not divide evenly over the {devices} devices: give a multiple of {devices}"
         )
     try:
         config = with_preset(category.config, options.preset)
@@ -432,7 +432,7 @@ def resolve(
 def default_batch_size(generator: StyleGAN2Config, max_batch_size: int = 8) -> int:
     """Items to optimize at once by default: one on a CPU, elsewhere as many as fit, at most `max_batch_size`.
 
-    An item takes about six times the memory of the generator's activations (XLA's own count for 256 to 1024 px). The
+    An item takes about six times the memory of the generator's activations (as counted by XLA for 256 to 1024 px). The
     estimate allows twice that, and 256 MiB for LPIPS.
     """
     if jax.default_backend() == "cpu":

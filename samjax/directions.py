@@ -34,7 +34,7 @@ from samjax.nets import lpips, stylegan2
 from samjax.nets.stylegan2 import Params, StyleGAN2Config
 
 Scorer = Callable[[np.ndarray], Any]
-"""From images, uint8 [N, R, R, 3], to N numbers."""
+"""Maps images, uint8 [N, R, R, 3], to N numbers."""
 
 TRIED_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Strengths between which `typical_strength` interpolates."""
@@ -85,8 +85,8 @@ def sample_styles(
       config: sizes of the generator.
       params: its parameters.
       key: random key of the z.
-      samples: how many z.
-      c: [c_dim] label of all of them, for conditional generators; zeros if None.
+      samples: number of z.
+      c: [c_dim] label for all z, for conditional generators; zeros if None.
       batch_size: z in one pass.
     """
     parts = []
@@ -123,12 +123,12 @@ def sefa(
     Args:
       config: sizes of the generator.
       params: its parameters.
-      styles: of `sample_styles`, for the scale.
-      layers: first style, and the one after the last; all if None.
-      count: how many directions.
+      styles: as returned by `sample_styles`, for the scale.
+      layers: (first, end) of the range of styles, the end excluded; all if None.
+      count: number of directions.
 
     Raises:
-      ValueError: the generator does not have this range.
+      ValueError: the range is outside the generator's styles.
     """
     first, last = check_layers(config, layers)
     a = np.concatenate(affine_weights(config, params)[first:last], axis=1)
@@ -140,8 +140,8 @@ def ganspace(styles: Styles, *, count: int = 8) -> Directions:
     """Principal components of the styles.
 
     Args:
-      styles: of `sample_styles`.
-      count: how many directions.
+      styles: as returned by `sample_styles`.
+      count: number of directions.
     """
     return _strongest(styles.covariance, styles, count)
 
@@ -167,8 +167,8 @@ def regression(ws: ArrayLike, scores: ArrayLike, styles: Styles, *, ridge: float
     Args:
       ws: [N, w_dim].
       scores: [N] numbers.
-      styles: of `sample_styles`, for the scale.
-      ridge: added to the covariance of `ws`, as a share of its mean variance.
+      styles: as returned by `sample_styles`, for the scale.
+      ridge: added to the diagonal of the covariance of `ws`, as a fraction of its mean variance.
 
     Returns:
       One direction; its value is the correlation of the fit with the scores.
@@ -188,11 +188,11 @@ def boundary(ws: ArrayLike, labels: ArrayLike, styles: Styles, *, ridge: float =
     Args:
       ws: [N, w_dim].
       labels: [N], 0 or 1.
-      styles: of `sample_styles`, for the scale.
+      styles: as returned by `sample_styles`, for the scale.
       ridge: weight of the squared normal, for `ws` of unit variance.
 
     Returns:
-      One direction; its value is the fraction of samples on the side of their class.
+      One direction; its value is the fraction of samples on the correct side of the boundary.
 
     Raises:
       ValueError: labels other than 0 and 1, or all the same.
@@ -203,7 +203,7 @@ def boundary(ws: ArrayLike, labels: ArrayLike, styles: Styles, *, ridge: float =
     x, _ = _samples(ws, classes)
     deviation = np.maximum(x.std(0), 1e-12)
     design = np.concatenate([x / deviation, np.ones((len(x), 1))], axis=1)
-    penalty = ridge * np.array([*np.ones(x.shape[1]), 0.0])  # none on the bias
+    penalty = ridge * np.array([*np.ones(x.shape[1]), 0.0])  # no penalty on the bias
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logits = design @ weights
@@ -222,10 +222,10 @@ def boundary(ws: ArrayLike, labels: ArrayLike, styles: Styles, *, ridge: float =
 
 
 def _samples(ws: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Styles and scores in float64, each minus its mean."""
+    """Centered styles and scores, in float64."""
     x, y = np.asarray(ws, np.float64), np.asarray(scores, np.float64)
     if x.ndim != 2 or y.shape != (len(x),) or len(x) < 2:
-        raise ValueError(f"styles {x.shape} and scores {y.shape} do not fit: [N, w_dim] and [N], N at least 2")
+        raise ValueError(f"expected styles [N, w_dim] and scores [N] with N at least 2, not {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("styles or scores are not finite")
     if np.ptp(y) == 0:
@@ -237,7 +237,7 @@ def fit(ws: ArrayLike, scores: ArrayLike, styles: Styles) -> Directions:
     """`boundary` if all scores are 0 or 1, otherwise `regression`.
 
     Raises:
-      ValueError: as these.
+      ValueError: as `boundary` and `regression` raise.
     """
     return (boundary if np.isin(scores, (0, 1)).all() else regression)(ws, scores, styles)
 
@@ -246,14 +246,14 @@ def fit(ws: ArrayLike, scores: ArrayLike, styles: Styles) -> Directions:
 
 
 def check_layers(config: StyleGAN2Config, layers: tuple[int, int] | None) -> tuple[int, int]:
-    """The range of styles that a direction acts on; all of them for None.
+    """Checks the range of styles that a direction acts on, and returns it; None means all of them.
 
     Raises:
-      ValueError: the generator does not have this range.
+      ValueError: the range is outside the generator's styles.
     """
     first, last = layers or (0, config.num_ws)
     if not 0 <= first < last <= config.num_ws:
-        raise ValueError(f"styles {first} to {last}: this generator has {config.num_ws}, from 0")
+        raise ValueError(f"styles {first} to {last}: this generator has {config.num_ws} styles, counted from 0")
     return first, last
 
 
@@ -269,7 +269,7 @@ def parse_layers(text: str | None, num_ws: int) -> tuple[int, int] | None:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < num_ws:
         raise UserError(
-            f"--layers {text[:40]!r}: give the first and the last style, such as 0-5; there are {num_ws}, from 0"
+            f"--layers {text[:40]!r}: give the first and last style, such as 0-5; there are {num_ws}, counted from 0"
         )
     return first, last + 1
 
@@ -278,7 +278,7 @@ def spread_over(vector: ArrayLike, config: StyleGAN2Config, layers: tuple[int, i
     """A direction [w_dim] in a range of styles, and 0 in the others; [num_ws, w_dim].
 
     Raises:
-      ValueError: the generator does not have this range.
+      ValueError: the range is outside the generator's styles.
     """
     first, last = check_layers(config, layers)
     direction = np.zeros((config.num_ws, config.w_dim), np.float32)
@@ -319,7 +319,7 @@ def read_scores(path: Path) -> tuple[list[int], np.ndarray]:
 
 
 def load_scorer(text: str) -> Scorer:
-    """The function that `FILE.py:NAME` names; the file is run.
+    """Loads the function that `FILE.py:NAME` names; this runs the file.
 
     Raises:
       UserError: no such file or function, or the file cannot be run.
@@ -336,7 +336,7 @@ def load_scorer(text: str) -> Scorer:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's own program
-        raise UserError(f"--scorer: {file} stops with {type(error).__name__}: {error}") from error
+        raise UserError(f"--scorer: {file} failed with {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"--scorer: {file} has no function {name[:40]!r}")
@@ -349,7 +349,7 @@ def score(
     """Scores the images of styles.
 
     Args:
-      scorer: the function that scores.
+      scorer: the scoring function.
       config: sizes of the generator.
       params: its parameters.
       ws: [N, num_ws, w_dim].
@@ -367,9 +367,9 @@ def score(
         try:
             given = np.asarray(scorer(made), np.float64).reshape(-1)
         except Exception as error:  # it is the user's own program
-            raise UserError(f"--scorer stops with {type(error).__name__}: {error}") from error
+            raise UserError(f"--scorer failed with {type(error).__name__}: {error}") from error
         if given.shape != (len(made),):
-            raise UserError(f"--scorer gave {given.size} numbers for {len(made)} images {made.shape}: one each")
+            raise UserError(f"--scorer returned {given.size} numbers for {len(made)} images, not one for each")
         scores.append(given)
     return np.concatenate(scores)
 
@@ -384,13 +384,13 @@ def scored_styles(
       params: its parameters.
       scores: a file for `read_scores`.
       scorer: a function for `load_scorer`, instead.
-      count: number of images that the scorer gets, those of the first seeds.
+      count: number of images that the scorer gets, from seed 0 on.
 
     Returns:
       Styles [N, w_dim] and scores [N].
 
     Raises:
-      UserError: neither a file nor a scorer is given, both are, or it does not work.
+      UserError: neither or both of a file and a scorer are given, or the one given cannot be used.
     """
     if scores is not None and scorer is None:
         seeds, given = read_scores(scores)
@@ -418,7 +418,7 @@ def typical_strength(
     Args:
       config: sizes of the generator.
       params: its parameters.
-      lpips_params: of LPIPS with AlexNet.
+      lpips_params: parameters of LPIPS with AlexNet.
       ws: [N, num_ws, w_dim], styles of the images.
       direction: [num_ws, w_dim].
       change: LPIPS between an image before and after the edit.

@@ -46,9 +46,9 @@ class DivergedError(UserError):
     """The loss of some item became infinite or NaN.
 
     Attributes:
-      latents: of the whole batch at the last step between chunks at which every loss was finite.
-      step: at which the loss was not finite.
-      items: positions of the items concerned.
+      latents: latents of the whole batch after the last chunk whose losses were all finite.
+      step: step at which the loss was not finite.
+      items: positions of the affected items.
     """
 
     def __init__(self, latents: dict[str, Array], step: int, items: tuple[int, ...]):
@@ -62,17 +62,17 @@ class DivergedError(UserError):
 
 
 class Progress(NamedTuple):
-    """What the host sees between chunks.
+    """The state of a run, as the host sees it between chunks.
 
     Attributes:
       group, groups: index of this batch of items, and how many batches there are.
       items: positions of the items in this batch; the last batch may repeat its last item.
-      step, num_steps: steps taken of this batch, and in all.
+      step, num_steps: steps taken for this batch, and in total.
       terms: `Terms` of the steps since the last call, NumPy arrays [steps, N] without repeated items.
-      steps_per_second: of this run; the first chunk, which compiles, counts only until there is a second.
+      steps_per_second: speed of this run; the first chunk, which compiles, counts only until there is a second.
       seconds_left: for all batches, at that rate.
-      state: of the optimization; its arrays are valid until the callback returns, so copy what you keep.
-      masks: of the items in this batch, for `render`.
+      state: state of the optimization; its arrays are valid until the callback returns, so copy what you keep.
+      masks: masks of the items in this batch, for `render`.
     """
 
     group: int
@@ -91,11 +91,11 @@ OnProgress = Callable[[Progress], None]
 
 
 def _placement(devices: Sequence[Any] | None, batch_size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Two functions that put arrays on `devices`: one divides the items of a batch, one puts all on each."""
+    """Two functions that put arrays on `devices`: one divides the items of a batch, the other copies all to each."""
     if devices is None:
         return lambda tree: tree, lambda tree: tree
     if batch_size % len(devices):
-        raise ValueError(f"a batch of {batch_size} does not divide by {len(devices)} devices")
+        raise ValueError(f"a batch of {batch_size} is not divisible by {len(devices)} devices")
     mesh = Mesh(np.asarray(devices), ("items",))
     divided, whole = NamedSharding(mesh, PartitionSpec("items")), NamedSharding(mesh, PartitionSpec())
     divide = lambda x: jax.device_put(x, divided if np.ndim(x) else whole)  # noqa: E731
@@ -119,18 +119,18 @@ def run(
     Args:
       generator: sizes of the generator.
       networks: its parameters, those of LPIPS, and the prior.
-      items: N of them.
+      items: N items.
       config: settings.
       on_progress: called after each chunk of steps.
-      states: {group: state} to continue from, as `Progress` of an earlier run with the same arguments had them.
-      devices: over which every batch is divided; the default device if None.
+      states: {group: state} to continue from, as in the `Progress` of an earlier run with the same arguments.
+      devices: devices over which every batch is divided; the default device if None.
 
     Returns:
       Latents {"W+": [N, num_ws, w_dim], ...}, and the loss terms of every step, NumPy arrays [steps, N].
 
     Raises:
       DivergedError: a loss is not finite; the error carries the last good latents.
-      ValueError: shapes that do not belong together, or a batch that does not divide by the devices.
+      ValueError: shapes are inconsistent, or a batch is not divisible by the number of devices.
     """
     program, hyper = structure(generator, config), hyperparameters(config)
     items = items._replace(seeds=np.asarray(items.seeds))
@@ -167,18 +167,18 @@ def run(
 
 
 def even_batches(config: InversionConfig, count: int) -> InversionConfig:
-    """`config` with a batch size no larger than `count` items need, in as few batches as before."""
+    """`config` with the smallest batch size that processes `count` items in as few batches as before."""
     batches = -(-count // config.batch_size)
     return dataclasses.replace(config, batch_size=-(-count // max(batches, 1)) or 1)
 
 
 def starting_states(items: Items, latents: Latents, config: InversionConfig) -> dict[int, State]:
-    """`states` for `run` that begin at other latents than `items.start`, from which offsets are still penalized.
+    """`states` for `run` that begin at other latents than `items.start`, to which penalties still refer.
 
     Args:
-      items: N of them.
+      items: N items.
       latents: {"W+": [N, num_ws, w_dim], ...}, such as those of an earlier run.
-      config: settings of the run to come.
+      config: settings of the run.
     """
     begin = items._replace(start={name: np.asarray(value) for name, value in latents.items()})
     batches = batching.rows(items.targets.shape[0], config.batch_size)
@@ -211,7 +211,7 @@ def render(
       latents: {"W+": [N, num_ws, w_dim], ...}.
       masks: {"F4": [N, 16, 16, 1], ...}.
       noise: "const" or "none".
-      precision: of matrix products and convolutions.
+      precision: precision of matrix products and convolutions.
       batch_size: images in one pass.
 
     Returns:
@@ -230,7 +230,7 @@ class _NotFinite(Exception):
 def _chunks(
     program: Structure, networks: Networks, items: Items, hyper: Hyperparameters, state: State, num_steps: int
 ) -> Iterator[tuple[State, Terms]]:
-    """Runs chunks to the end; each yields the state and the terms of the steps it took, as host arrays."""
+    """Runs chunks to the end; after each, yields the state and the terms of its steps, as host arrays."""
     good = jax.tree.map(jnp.copy, state.latents)
     while (before := int(state.step)) < num_steps:
         start = jax.tree.map(jnp.copy, state.latents)
@@ -273,8 +273,8 @@ def progress_bar(description: str = "", **options: Any) -> Iterator[OnProgress]:
     """A tqdm bar as `on_progress`: loss terms (means over the batch), steps per second, time left.
 
     Args:
-      description: written before the bar.
-      **options: of `tqdm.tqdm`, such as `disable` or `file`.
+      description: text before the bar.
+      **options: options of `tqdm.tqdm`, such as `disable` or `file`.
     """
     with tqdm.tqdm(desc=description, unit="step", **options) as bar:
 

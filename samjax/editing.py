@@ -1,4 +1,4 @@
-"""Edits of inverted images: a direction in W+, applied where W+ decides, while the other layers keep what they drew.
+"""Edits of inverted images: a direction moves W+, while segments in the other layers keep their features.
 
 SAM (CVPR 2022), section 3.4. A recording pass takes the block outputs at the F layers from the unedited latents. An
 edited pass moves W+ along the direction, adds no offsets, and at each F layer puts the recorded output back where
@@ -50,18 +50,18 @@ def apply(
     noise: Noise = "const",
     precision: str = "highest",
 ) -> Array:
-    """The edited pass, from one set of latents: an image for each of B directions and strengths.
+    """The edited pass from one set of latents: an image for each of B pairs of a direction and a strength.
 
     Args:
       config: sizes of the generator.
       params: its parameters.
       ws: [1, num_ws, w_dim], unedited.
-      features: of `record`, [1, r, r, C] each.
+      features: as returned by `record`, [1, r, r, C] each.
       masks: {"F4": [1, 16, 16, 1], ...}.
       directions: [B, num_ws, w_dim].
-      strengths: [B].
+      strengths: [B] multiples of the directions.
       noise: "const" or "none".
-      precision: of matrix products and convolutions.
+      precision: precision of matrix products and convolutions.
 
     Returns:
       [B, R, R, 3], in [-1, 1] up to overshoot.
@@ -92,25 +92,25 @@ def edit(
     Args:
       config: sizes of the generator.
       params: its parameters.
-      latents: of one image, {"W+": [1, num_ws, w_dim], "F4": [1, 16, 16, C], ...}.
+      latents: latents of one image, {"W+": [1, num_ws, w_dim], "F4": [1, 16, 16, C], ...}.
       masks: {"F4": [1, 16, 16, 1], ...}.
       directions: [D, num_ws, w_dim].
       strengths: [S] multiples of a direction; 0 gives the reconstruction, except at the soft edges of masks.
       noise: "const", the stored noise, or "none".
-      precision: of matrix products and convolutions; "highest" is full float32.
+      precision: precision of matrix products and convolutions; "highest" is full float32.
       batch_size: edited images in one pass.
 
     Returns:
       [D, S, R, R, 3] float32, in [-1, 1] up to overshoot.
 
     Raises:
-      ValueError: latents of more than one image, or directions that do not belong to the generator.
+      ValueError: latents of more than one image, or directions that do not fit the generator.
     """
     directions, strengths = np.asarray(directions, np.float32), np.asarray(strengths, np.float32)
     if latents["W+"].shape[0] != 1:
         raise ValueError(f"edit takes the latents of one image, not of {latents['W+'].shape[0]}")
     if directions.shape[1:] != (config.num_ws, config.w_dim):
-        raise ValueError(f"directions of {directions.shape}, expected [D, {config.num_ws}, {config.w_dim}]")
+        raise ValueError(f"directions have shape {directions.shape}, expected [D, {config.num_ws}, {config.w_dim}]")
     count = len(directions) * len(strengths)
     if not count:
         size = config.img_resolution

@@ -1,4 +1,4 @@
-"""The one kind of exception that is meant for the person who runs a program."""
+"""`UserError`, the exception for errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class UserError(Exception):
     """Bad input: one line that says what is wrong and what to do. Programs print it and exit with code 2.
 
     Attributes:
-      details: further lines, for what no line can hold: a list of files, with their addresses.
+      details: further lines, such as a list of files with their addresses.
     """
 
     def __init__(self, message: str = "", details: Sequence[str] = ()) -> None:
@@ -18,5 +18,5 @@ class UserError(Exception):
 
     @property
     def shown(self) -> str:
-        """The text for a terminal; nothing that a file's names hold adds a line to it."""
+        """The text for a terminal; line breaks in file names are replaced by spaces."""
         return "\n".join([" ".join(str(self).split()), *(f"  {' '.join(line.split())}" for line in self.details)])

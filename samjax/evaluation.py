@@ -36,7 +36,7 @@ class Example(NamedTuple):
     """An image to evaluate on.
 
     Attributes:
-      name: of the image, and of the file of its results.
+      name: name of the image, and of the file with its results.
       image: a path, or uint8 [h, w, 3].
       segments: a label image: a path, or integers [h, w]; the segmenter finds them if None.
       region: [h, w] bool, in which the effect of an edit is measured; everywhere if None.
@@ -53,9 +53,9 @@ class Row:
     """A row of `table`: one method, on one image or as a mean.
 
     Attributes:
-      psnr, ssim, lpips: of the reconstruction; dB, and LPIPS by VGG.
+      psnr, ssim, lpips: metrics of the reconstruction; PSNR in dB, LPIPS by VGG.
       edit: change of color by the edit; NaN without an edit.
-      seconds: that the inversion took.
+      seconds: duration of the inversion.
     """
 
     psnr: float
@@ -67,13 +67,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class LearnedRow:
-    """What `learned_table` averages: the learned networks on one image.
+    """Results of the learned networks on one image, which `learned_table` averages.
 
     Attributes:
       same_layer: fraction of the area whose segments get the layer that the measured maps give.
       segment_error: mean absolute error of segment means, weighted by area.
       wanted: fraction of the area that the measured maps give to each layer.
-      lpips_measured, lpips_predicted: of SAM's reconstruction with these maps.
+      lpips_measured, lpips_predicted: LPIPS of SAM's reconstruction with measured and with predicted maps.
       mean_w, half_w: final loss in W+ from the mean style in all steps, and from the encoder's code in half of them.
       mean_sam, half_sam: the same with SAM.
     """
@@ -96,18 +96,18 @@ def load_examples(options: Options, directory: Path | None, scenes: int, scene_s
     """The images of a directory, or hard scenes of the demo.
 
     Args:
-      options: of the user; they say whether the generator is the demo's.
-      directory: of images; see `directory_examples`.
-      scenes: how many hard scenes, if there is no directory.
-      scene_seed: which ones; see `hard_scenes`.
+      options: the user's options; they determine whether the generator is the demo's.
+      directory: directory of images; see `directory_examples`.
+      scenes: number of hard scenes, if no directory is given.
+      scene_seed: seed of the scenes; see `hard_scenes`.
 
     Raises:
-      UserError: no directory for another generator than the demo's, or no images in it.
+      UserError: there are no images in the directory, or none is given for a generator other than the demo's.
     """
     if directory is not None:
         return directory_examples(directory)
     if options.gan_weights is not None or options.image_category not in (None, "demo"):
-        raise UserError("--images is missing: give a directory of images; hard scenes are for the demo's generator")
+        raise UserError("--images is missing: give a directory of images; hard scenes need the demo's generator")
     if scenes < 1:
         raise UserError(f"--scenes must be at least 1, not {scenes}")
     return hard_scenes(scenes, scene_seed)
@@ -139,10 +139,10 @@ def hard_scenes(count: int, seed: int) -> list[Example]:
 def load(
     options: Options, *, segments_given: bool = False, read_directions: ReadDirections = directions.read_folder
 ) -> Pipeline:
-    """A pipeline whose measured maps come from inversions as long as SAM's, so that these can be compared with it.
+    """A pipeline that measures maps by inversions as long as SAM's, so that the two can be compared.
 
     Args:
-      options: of the user.
+      options: the user's options.
       segments_given: see `Pipeline.from_options`.
       read_directions: see `Pipeline.from_options`.
 
@@ -159,14 +159,14 @@ def load_direction(pipeline: Pipeline, direction: str | None = None) -> np.ndarr
     """The direction whose effect is measured.
 
     Args:
-      pipeline: its directions are known by name.
-      direction: its name, or a file; "blue_car" if None.
+      pipeline: the pipeline, whose directions have names.
+      direction: the name of one, or a file; "blue_car" if None.
 
     Returns:
-      [num_ws, w_dim], or None if none is asked for and the pipeline does not have "blue_car".
+      [num_ws, w_dim], or None if `direction` is None and the pipeline does not have "blue_car".
 
     Raises:
-      UserError: neither a name nor a file of a direction.
+      UserError: `direction` is neither a known name nor a file of a direction.
     """
     if direction is None or direction in pipeline.directions:
         return pipeline.directions.get(direction or "blue_car")
@@ -186,11 +186,11 @@ def evaluate(
     The error maps are measured by the same inversions in single layers with which SAM is compared.
 
     Args:
-      pipeline: of `load`.
+      pipeline: as returned by `load`.
       example: the image.
       thresholds: that of the category if empty.
       direction: [num_ws, w_dim] of the edit whose effect is measured; None for no edit.
-      strength: of the edit.
+      strength: strength of the edit.
 
     Raises:
       UserError: an image or segments that cannot be used.
@@ -219,14 +219,14 @@ def _row(
 
 
 def means(rows: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
-    """The mean of each method over images; `rows` by image and method."""
+    """The mean of each method over images; `rows` maps image and method to a row."""
     methods = next(iter(rows.values()))
     values = {name: [dataclasses.astuple(by_method[name]) for by_method in rows.values()] for name in methods}
     return {name: Row(*np.mean(value, axis=0).tolist()) for name, value in values.items()}
 
 
 def table(rows: Mapping[str, Mapping[str, Row]], caption: str) -> str:
-    """A Markdown table of `means`; how much of an edit remains is the ratio of means to that of W+."""
+    """A Markdown table of `means`; the column "of W+" is the mean edit effect relative to that of W+."""
     lines = ["| latent | PSNR, dB | SSIM | LPIPS | edit effect | of W+ | seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
     averages = means(rows)
     for name, row in averages.items():
@@ -260,8 +260,8 @@ def evaluate_learned(predicting: Pipeline, measuring: Pipeline, example: Example
     """Compares predicted maps with measured ones, and the encoder's code with the mean style, on one image.
 
     Args:
-      predicting: of `load_learned`.
-      measuring: likewise.
+      predicting: the first pipeline of `load_learned`.
+      measuring: the second one.
       example: the image.
 
     Raises:
@@ -304,7 +304,7 @@ def evaluate_learned(predicting: Pipeline, measuring: Pipeline, example: Example
 
 
 def learned_table(rows: Mapping[str, LearnedRow], caption: str, steps: int) -> str:
-    """Two Markdown tables of means over images: of maps, and of where W+ starts."""
+    """Two Markdown tables of means over images: one for maps, one for starts of W+."""
     mean = lambda name: float(np.mean([getattr(row, name) for row in rows.values()]))  # noqa: E731
     sooner = lambda half, whole: np.mean([getattr(r, half) <= getattr(r, whole) for r in rows.values()])  # noqa: E731
     measured, predicted = mean("lpips_measured"), mean("lpips_predicted")
@@ -334,7 +334,7 @@ def learned_table(rows: Mapping[str, LearnedRow], caption: str, steps: int) -> s
 
 
 def fingerprint(pipeline: Pipeline, *choices: Any) -> str:
-    """Tells the settings of evaluations apart: those of the pipeline, and what else was chosen."""
+    """Fingerprint of the settings of an evaluation: those of the pipeline, and any others."""
     options, networks = pipeline.options, (pipeline.encoder, pipeline.predictor)
     params = [None if network is None else network.params for network in networks]
     prepared = (options.fit, options.swap_channels, pipeline.category.segmenter)
@@ -348,20 +348,20 @@ def run(
     settings: str,
     read: Callable[[Any], Result],
 ) -> dict[str, Result]:
-    """Evaluates many images; those that were finished earlier with the same settings are read from `directory`.
+    """Evaluates many images; results of an earlier run with the same settings are read from `directory`.
 
     Args:
       examples: the images.
-      function: evaluates one.
-      directory: of the files NAME_SETTINGS.json.
-      settings: of `fingerprint`.
+      function: evaluates one image.
+      directory: directory of the files NAME_SETTINGS.json.
+      settings: as returned by `fingerprint`.
       read: `read_rows` or `read_learned_row`, from the JSON form of a result, in which NaN is None.
 
     Returns:
       Results by name of the image.
 
     Raises:
-      UserError: a file is damaged, or whatever the function raises.
+      UserError: a file is damaged, or the function raises it.
     """
     results = {}
     for example in tqdm.tqdm(examples, unit="image"):
@@ -371,7 +371,7 @@ def run(
         try:
             results[example.name] = read(json.loads(path.read_text("utf-8")))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: remove it, and the same command makes it again") from error
+            raise UserError(f"{path} is damaged: remove it and run the same command again") from error
     return results
 
 
@@ -387,7 +387,7 @@ def read_learned_row(values: Any) -> LearnedRow:
 
 
 def caption(directory: Path | None, count: int, text: str) -> str:
-    """What a table shows: the images, `text`, and the device."""
+    """The caption of a table: the images, `text`, and the device."""
     shown = f"{count} hard scenes of the demo" if directory is None else f"{count} images of {directory.name}"
     return f"{shown}; {text}; {jax.devices()[0].device_kind}."
 

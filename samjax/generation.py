@@ -26,7 +26,7 @@ from samjax.nets import stylegan2
 from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
 
 MAX_IMAGES = 10_000
-"""How many images one call of `parse_seeds` or `read_ws` may ask for."""
+"""Limit on the number of images of one call of `parse_seeds` or `read_ws`."""
 
 GRID_SIDE = 4096
 """Largest side of a `Grid` in pixels."""
@@ -61,7 +61,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def random_z(seed: int, z_dim: int) -> np.ndarray:
-    """z [z_dim] of a seed, as NVIDIA's programs draw it."""
+    """Draws z [z_dim] of a seed as NVIDIA's programs do."""
     return np.random.RandomState(seed).randn(1, z_dim)[0].astype(np.float32)
 
 
@@ -72,7 +72,7 @@ def read_ws(path: Path, config: StyleGAN2Config) -> np.ndarray:
     """Reads styles from a .npy file; nothing in the file is executed.
 
     Args:
-      path: of an array of floats, (N, num_ws, w_dim) or (num_ws, w_dim).
+      path: file with an array of floats, (N, num_ws, w_dim) or (num_ws, w_dim).
       config: sizes of the generator.
 
     Returns:
@@ -143,9 +143,9 @@ def styles(
       config: sizes of the generator.
       params: its parameters.
       z: [N, z_dim].
-      truncation_psi: how far a style goes from the mean style (0) to its own (1).
-      truncation_cutoff: how many of the first styles are truncated; all if None.
-      class_idx: class of all of them, for generators with classes.
+      truncation_psi: interpolates between the mean style (0) and the style of z (1).
+      truncation_cutoff: number of leading styles to truncate; all if None.
+      class_idx: class of all images, for conditional generators.
       batch_size: z in one pass; all if None.
 
     Returns:
@@ -195,7 +195,7 @@ def draw(
       [N, R, R, C] float32, clipped to [-1, 1].
 
     Raises:
-      UserError: the generator gives values that are not finite.
+      UserError: the generator produces values that are not finite.
     """
     ws = np.asarray(ws, np.float32)
     seeds = np.asarray(np.arange(len(ws)) if seeds is None else seeds, np.uint32)
@@ -203,7 +203,7 @@ def draw(
         lambda batch: _draw(config, params, *map(jnp.asarray, batch), noise), (ws, seeds), batch_size
     )
     if not np.isfinite(made).all():
-        raise UserError("the generator gives values that are not finite: are these its own weights and styles?")
+        raise UserError("the generator produces values that are not finite: do its weights and the styles match?")
     return np.clip(made, -1, 1)
 
 
@@ -219,7 +219,7 @@ def draw_batches(
     noise: Noise = "const",
     batch_size: int = 4,
 ) -> Iterator[np.ndarray]:
-    """Images of seeds, or of styles, a batch at a time, so that memory does not grow with their number.
+    """Images of seeds or styles, one batch at a time, so that memory does not grow with their number.
 
     Args:
       config: sizes of the generator.

@@ -1,7 +1,7 @@
 """Inversion, pure: the loss of latents, one Adam step over all latent layers, and a compiled chunk of steps.
 
 SAM (CVPR 2022), sections 3.2 and 3.3. An *item* is a target with its masks, start and seed. The items of a batch run in
-one program and do not affect one another: each item's latents are what they would be alone. A batch of images, of
+one program and do not affect one another: each item's latents are what they would be alone. Batches of images, of
 thresholds for one image, and of single-layer inversions differ in their items only.
 
 Everything that varies between runs is an argument of the compiled function: weights, targets, masks, learning rate,
@@ -31,7 +31,7 @@ from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
 
 
 class Networks(NamedTuple):
-    """Everything frozen: the parameters of the generator and of LPIPS, and the prior on W+."""
+    """All frozen parameters: those of the generator and of LPIPS, and the prior on W+."""
 
     generator: Params
     lpips: Params
@@ -42,10 +42,10 @@ class Items(NamedTuple):
     """N targets to invert.
 
     Attributes:
-      targets: [N, h, w, 3] in [-1, 1]; the loss resolution, less on one side for letterboxed images.
+      targets: [N, h, w, 3] in [-1, 1]; the longer side is the loss resolution, the shorter one less if letterboxed.
       masks: {"F4": [N, 16, 16, 1], ...} in [0, 1], one for each F layer in `start`.
       start: {"W+": [N, num_ws, w_dim], "F4": [N, 16, 16, C], ...}; its keys are the layers that are optimized.
-      seeds: [N] integers; an item's noise depends on its own only.
+      seeds: [N] integers; an item's noise depends on its own seed only.
       features: LPIPS features of the targets, which `prepare` computes once.
     """
 
@@ -74,7 +74,7 @@ class State(NamedTuple):
       latents: as in `Items.start`.
       optimizer: Adam's moments.
       step: [] int32, steps taken.
-      finite: [] bool, whether every loss so far was.
+      finite: [] bool, whether every loss so far was finite.
     """
 
     latents: dict[str, Array]
@@ -120,7 +120,7 @@ class Structure:
 
 
 def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
-    """The part of the settings that the program is compiled for."""
+    """The part of the settings that determines the compiled program."""
     return Structure(
         generator,
         config.lpips_type if config.lambda_lpips > 0 else None,
@@ -152,10 +152,10 @@ def loss_terms(
     """The loss of latents, term by term.
 
     Args:
-      structure: of the program.
+      structure: settings that the program depends on.
       networks: the frozen parameters.
-      items: of `prepare`.
-      hyper: weights of the terms.
+      items: as returned by `prepare`.
+      hyper: hyperparameters, with the weights of the terms.
       latents: {"W+": [N, num_ws, w_dim], ...}.
       keys: [N] random keys of the noise at this step.
     """
@@ -216,7 +216,7 @@ def run_chunk(
         return state, jax.tree.map(lambda term: jnp.where(active, term, jnp.nan), terms)
 
     with jax.default_matmul_precision(structure.precision):
-        if structure.chunk_steps == 1:  # a loop of one step would still be a loop: see `InversionConfig.chunk_steps`
+        if structure.chunk_steps == 1:  # no loop, even of one step: see `InversionConfig.chunk_steps`
             state, terms = body(state, None)
             terms = jax.tree.map(lambda term: term[None], terms)
         else:
@@ -242,10 +242,10 @@ def prepack(
     """Computes once what every step would compute from the frozen weights.
 
     Args:
-      structure: of the program.
+      structure: settings that the program depends on.
       networks: the parameters as loaded.
       size: height and width of the targets.
-      minimal: whether 3x3 convolutions use minimal filtering; None for wherever it saves time. See
+      minimal: whether 3x3 convolutions use minimal filtering; None to use it where it saves time. See
         `samjax.nets.convolution`.
     """
     half = structure.half_precision
@@ -260,7 +260,7 @@ def prepare(structure: Structure, networks: Networks, items: Items) -> Items:
     """Puts items on the device, with the LPIPS features of their targets.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes are inconsistent.
     """
     check_items(structure, items)
     to_device = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
@@ -271,14 +271,14 @@ def prepare(structure: Structure, networks: Networks, items: Items) -> Items:
 
 
 def check_items(structure: Structure, items: Items) -> None:
-    """Makes sure that the arrays of items belong together.
+    """Checks that the arrays of items fit together.
 
     Raises:
       ValueError: they do not.
     """
     size = structure.loss_resolution
     if items.targets.ndim != 4 or max(items.targets.shape[1:3]) != size or items.targets.shape[3] != 3:
-        raise ValueError(f"targets of shape {items.targets.shape}; the longer side must be {size} px: [N, h, w, 3]")
+        raise ValueError(f"targets have shape {items.targets.shape}: expected [N, h, w, 3], longer side {size}")
     if set(items.masks) != set(items.start) - {"W+"}:
         raise ValueError(f"masks for {sorted(items.masks)} and latents {sorted(items.start)}")
     counts = {x.shape[0] for x in jax.tree.leaves((items.targets, items.masks, items.start, np.asarray(items.seeds)))}

@@ -1,4 +1,4 @@
-"""The latent layers of a generator: which exist, their shapes and start, and the image they form.
+"""The latent layers of a generator: their names, shapes and start, and the image they form.
 
 W+ holds one style for every layer. F4, F6, F8 and F10 are offsets, one per pixel and channel, added to the output
 of the generator's 16, 32, 64 and 128 px block where a mask allows it. SAM (CVPR 2022), section 3.
@@ -35,8 +35,8 @@ class LatentLayer(NamedTuple):
 
     Attributes:
       name: such as "W+" or "F4".
-      resolution: of its block; None for W+, which acts on all.
-      shape: of the latent of one image.
+      resolution: resolution of its block; None for W+, which acts on all blocks.
+      shape: shape of one image's latent.
     """
 
     name: str
@@ -49,9 +49,9 @@ class LatentLayer(NamedTuple):
 
 
 def latent_layers(config: StyleGAN2Config, names: Sequence[str] = LATENT_NAMES) -> tuple[LatentLayer, ...]:
-    """The latent layers among `names` that the generator has, the most editable first; W+ is always one.
+    """The latent layers among `names` that the generator has, the most editable first; W+ is always among them.
 
-    An offset at the last block acts on nothing, since that block's RGB is already taken: only layers below the
+    An offset at the last block has no effect, since that block's RGB is computed before it: only layers below the
     image's resolution count.
     """
     layers = [LatentLayer("W+", None, (config.num_ws, config.w_dim))]
@@ -66,10 +66,10 @@ def parse_latent_names(text: str, config: StyleGAN2Config | None = None) -> tupl
 
     Args:
       text: names separated by commas.
-      config: of a generator; if given, layers that it lacks are errors too.
+      config: sizes of a generator; if given, layers that it lacks are errors too.
 
     Raises:
-      UserError: a name that is no latent layer, or none of this generator's.
+      UserError: a name is not a latent layer, or not one of this generator.
 
     >>> parse_latent_names("F10, F4")
     ('W+', 'F4', 'F10')
@@ -87,14 +87,14 @@ def init_latents(layers: Sequence[LatentLayer], ws: Array) -> dict[str, Array]:
     """Latents at the start of an optimization: W+ at `ws`, every offset at zero.
 
     Args:
-      layers: of `latent_layers`.
+      layers: as returned by `latent_layers`.
       ws: [N, num_ws, w_dim], or one style [N, w_dim] for all layers.
     """
     ws = jnp.asarray(ws, jnp.float32)
     if ws.ndim == 2:
         ws = jnp.broadcast_to(ws[:, None], (ws.shape[0], *layers[0].shape))
     if ws.shape[1:] != layers[0].shape:
-        raise ValueError(f"W+ of shape {ws.shape[1:]} for a generator whose W+ is {layers[0].shape}")
+        raise ValueError(f"W+ has shape {ws.shape[1:]}, expected {layers[0].shape}")
     count = ws.shape[0]
     return {layer.name: ws if layer.resolution is None else jnp.zeros((count, *layer.shape)) for layer in layers}
 
@@ -135,7 +135,7 @@ def synthesize_latents(
       latents: W+ and any F layers; those without an entry in `masks` act everywhere.
       masks: soft masks in [0, 1].
       noise: "const", "none", or "random" with `noise_keys`.
-      noise_keys: random keys [N], one an item, so that an item's noise does not depend on its neighbors.
+      noise_keys: random keys [N], one for each item, so that an item's noise does not depend on its neighbors.
       half_precision: runs the four highest resolutions in bfloat16.
 
     Returns:

@@ -37,7 +37,7 @@ class Assignment(NamedTuple):
 
 
 def contiguous(segments: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Renumbers labels of any value from 0: ([H, W] int32, [S] the labels they stood for, ascending)."""
+    """Renumbers labels from 0: returns [H, W] int32, and [S] the original labels, ascending."""
     values, labels = np.unique(np.asarray(segments), return_inverse=True)
     return labels.reshape(np.shape(segments)).astype(np.int32), values
 
@@ -58,8 +58,8 @@ def segment_means(maps: Array, segments: Array, max_segments: int) -> Array:
         inside = segments == label
         count = jnp.maximum(jnp.sum(inside), 1).astype(maps.dtype)
         mean = jnp.sum(jnp.where(inside, maps, 0.0), axis=(1, 2)) / count
-        # A second pass over the residual removes the rounding error of a long float32 sum: a map that is constant in a
-        # segment has exactly that mean, and a threshold of the same value admits it.
+        # A second pass over the residual removes the rounding error of a long float32 sum: if a map is constant in a
+        # segment, the mean is exactly that constant, and a threshold of the same value admits it.
         rest = jnp.sum(jnp.where(inside, maps - mean[:, None, None], 0.0), axis=(1, 2)) / count
         return jnp.where(jnp.any(inside), mean + rest, jnp.inf)
 
@@ -67,7 +67,7 @@ def segment_means(maps: Array, segments: Array, max_segments: int) -> Array:
 
 
 def select_layers(means: Array, tau: Array | float) -> Array:
-    """The most editable layer of each segment: the first whose mean is at most `tau`, the last where none is.
+    """The most editable layer of each segment: the first whose mean is at most `tau`, or the last if there is none.
 
     Args:
       means: [L, S], layers ordered with the most editable first.
@@ -95,7 +95,7 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
       maps: [L, H, W] error maps, the most editable layer first.
       segments: [H, W] labels of any integer values.
       taus: [T] thresholds, or one.
-      max_segments: images with more segments are computed with the next power of two.
+      max_segments: padded number of segments; raised to the next power of two for images with more.
 
     Raises:
       ValueError: maps and segments of different size.
@@ -108,7 +108,7 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
     maps = np.asarray(maps, np.float32)
     labels, values = contiguous(segments)
     if maps.shape[1:] != labels.shape:
-        raise ValueError(f"maps of {maps.shape[1:]} px and segments of {labels.shape} px")
+        raise ValueError(f"maps of {maps.shape[1:]} px do not match segments of {labels.shape} px")
     count = len(values)
     size = max(max_segments, 1 << (count - 1).bit_length())
     means, layers, layer_maps = _assign(maps, labels, np.atleast_1d(np.asarray(taus, np.float32)), size)
@@ -116,10 +116,10 @@ def assign_layers(maps: ArrayLike, segments: ArrayLike, taus: ArrayLike, max_seg
 
 
 def force_layers(assignment: Assignment, segments: ArrayLike, forced: Mapping[int, int]) -> Assignment:
-    """Gives some segments a layer of the caller's choice, at every threshold.
+    """Assigns chosen layers to some segments, at every threshold.
 
     Args:
-      assignment: of `assign_layers`.
+      assignment: as returned by `assign_layers`.
       segments: [H, W] labels, as given to it.
       forced: label to index of a layer; labels that no pixel has are ignored.
     """
@@ -173,7 +173,7 @@ def soft_masks(layer_map: ArrayLike, layers: Sequence[LatentLayer]) -> dict[str,
 
     Args:
       layer_map: [H, W] indices into `layers`; not square for letterboxed images.
-      layers: of `latent_layers`.
+      layers: as returned by `latent_layers`.
     """
     layer_map = np.asarray(layer_map)
     return {

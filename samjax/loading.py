@@ -1,4 +1,4 @@
-"""Finds and loads the networks and directions that options ask for, in the form in which samjax stores them."""
+"""Finding and loading the networks and directions that options select, in the formats of samjax."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from samjax.io import checkpoints, registry
 from samjax.io.checkpoints import LoadedNetwork
 
 ReadDirections = Callable[[Path, int, int], Mapping[str, np.ndarray]]
-"""From a directory, num_ws and w_dim to directions [num_ws, w_dim] by name."""
+"""Maps a directory, num_ws and w_dim to directions [num_ws, w_dim] by name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """What `load` finds.
+    """The result of `load`.
 
     Attributes:
-      generator: with its config.
-      encoder, predictor: None if W+ starts without an encoder, or if error maps are measured.
-      segmenter: None if segments are given with every image.
-      directions: [num_ws, w_dim] each, by name.
+      generator: the generator.
+      encoder: the encoder; None if W+ starts without one.
+      predictor: the predictor; None if error maps are measured.
+      segmenter: the segmenter; None if segments are given with every image.
+      directions: name to direction [num_ws, w_dim].
     """
 
     generator: LoadedNetwork
@@ -37,12 +38,12 @@ class Parts:
 
 
 def load(options: Options, category: Category, *, segments_given: bool, read_directions: ReadDirections) -> Parts:
-    """Loads everything that options ask for.
+    """Loads everything that options select.
 
     Args:
-      options: of the user.
-      category: of `resolve_category`.
-      segments_given: whether segments come with every image.
+      options: the user's options.
+      category: as returned by `resolve_category`.
+      segments_given: whether segments are given with every image.
       read_directions: reads a directory of directions.
 
     Raises:
@@ -50,7 +51,7 @@ def load(options: Options, category: Category, *, segments_given: bool, read_dir
     """
     own = options.gan_weights is not None
     generator = None
-    if options.gan_weights is not None:  # first: whether it fits is known without the other networks
+    if options.gan_weights is not None:  # first, so that a wrong one is reported early
         generator = checkpoints.load_generator(options.gan_weights)
         resolve(options, generator.config, category=category)
     roles = required_roles(options, segmenter=not segments_given)

@@ -42,7 +42,7 @@ def fit_prior(ws: ArrayLike) -> Prior:
 
     The covariance gets 1e-8 on its diagonal, as in the authors' code. With fewer samples than dimensions it is
     otherwise singular, and distances are huge. Inverting its triangular factor keeps them accurate where the inverse
-    itself would lose digits; applied to a difference that is already taken, also in float32.
+    itself would lose digits, even when it is applied to differences in float32.
 
     Args:
       ws: [n, w_dim] with n >= 2.
@@ -54,7 +54,7 @@ def fit_prior(ws: ArrayLike) -> Prior:
     if w.ndim != 2 or len(w) < 2:
         raise UserError(f"the prior needs at least two styles of shape [n, w_dim], not {w.shape}")
     if not np.isfinite(w).all():
-        raise UserError("the generator's styles are not finite: its mapping network is damaged")
+        raise UserError("the generator's styles are not finite: its mapping network may be damaged")
     leaky = lambda x: np.where(x >= 0, x, _SLOPE * x)  # noqa: E731
     covariance = np.cov(leaky(w).T).reshape(w.shape[1], w.shape[1]) + 1e-8 * np.eye(w.shape[1])
     whitening = np.linalg.inv(np.linalg.cholesky(covariance)).T
@@ -110,18 +110,18 @@ def mean_squares(x: Array, y: Array) -> Array:
 
 
 def reduce_area(images: Array, size: int) -> Array:
-    """Averages square blocks of pixels down to `size`; images of that size or smaller stay; [N, R, R, C]."""
+    """Averages square blocks of pixels down to `size`; images of that size or smaller are unchanged; [N, R, R, C]."""
     n, resolution, _, channels = images.shape
     if resolution <= size:
         return images
     factor, rest = divmod(resolution, size)
     if rest:
-        raise ValueError(f"{resolution} px is no multiple of {size} px")
+        raise ValueError(f"{resolution} px is not a multiple of {size} px")
     return jnp.mean(images.reshape(n, size, factor, size, factor, channels), axis=(2, 4))
 
 
 def crop_letterbox(images: Array, height: int, width: int) -> Array:
-    """Cuts the rows (or columns) that letterboxing added, alike on both ends; [N, R, R, C] to [N, height, width, C]."""
+    """Removes the rows (or columns) of letterboxing, equally on both ends; [N, R, R, C] to [N, height, width, C]."""
     top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
     return images[:, top : top + height, left : left + width]
 
@@ -131,8 +131,8 @@ def full_size(images: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Args:
       images: [..., R, R, C].
-      height: of the target.
-      width: of the target.
+      height: height of the target.
+      width: width of the target.
 
     Returns:
       [..., H, W, C] with the proportions of the target; the longer side is R, or the target's if R is smaller.
@@ -162,8 +162,8 @@ def learning_rate(step: Array, num_steps: Array, lr: Array, rampdown: Array, ram
 
     Args:
       step: counted from 0.
-      num_steps: in all.
-      lr: the highest rate.
+      num_steps: number of steps in total.
+      lr: highest learning rate.
       rampdown: fraction of the run in which it falls; 0 for none.
       rampup: fraction of the run in which it rises; 0 for none.
     """

@@ -5,8 +5,8 @@
     sam.edit(result, {"blue_car": 2}).save("edited.png")
 
 An image goes one way: `analyze` finds its segments, where W+ starts, and the error map of each latent layer;
-`layer_selection` gives each segment a layer; `driver` optimizes the latents; the resulting `Inversion` is edited, and
-shown by `samjax.report`.
+`layer_selection` gives each segment a layer; `driver` optimizes the latents; the resulting `Inversion` can be edited,
+and shown by `samjax.report`.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """A generator with everything that inverts and edits images with it.
+    """A generator with everything needed to invert and edit images.
 
     Attributes:
       options: as the user gave them.
-      name: of the generator, for people.
-      category: sizes, threshold and sources, with the options laid over them.
+      name: display name of the generator.
+      category: sizes, threshold and sources, with the options applied.
       config: settings of every inversion.
-      measure_steps: of each inversion by which error maps are measured.
-      generator, encoder, predictor: with their configs; encoder and predictor are None if they are not used.
-      segmenter: from an image [h, w, 3] in [-1, 1] to labels [h, w].
-      directions: [num_ws, w_dim] each, by name.
+      measure_steps: steps of each inversion that measures error maps.
+      generator, encoder, predictor: the networks; encoder and predictor are None if they are not used.
+      segmenter: maps an image [h, w, 3] in [-1, 1] to labels [h, w].
+      directions: name to direction [num_ws, w_dim].
       layers: the latent layers in use, the most editable first.
       networks: the frozen parameters, and the prior on W+.
-      vgg: LPIPS-VGG, which measures error maps and results whichever network the loss uses.
+      vgg: parameters of LPIPS-VGG, which measures error maps and results even if the loss uses another network.
     """
 
     def __init__(
@@ -84,22 +84,22 @@ class Pipeline:
         max_batch_size: int = 8,
         notify: Callable[[str], None] | None = None,
     ) -> None:
-        """Puts networks together. `from_pretrained` and `from_options` find and load them first.
+        """Builds a pipeline from networks in memory; `from_pretrained` and `from_options` also find and load them.
 
         Args:
-          generator: of `samjax.io.checkpoints.load_generator` or `ckpt_convert.load`, or the path of a converted one.
-          encoder: e4e, which gives the start of W+; without it W+ starts at the mean style.
-          predictor: of error maps; without it they are measured by an inversion in each layer.
-          segmenter: finds segments; that of the category if None.
-          directions: by name, [num_ws, w_dim] each (leading axes of 1 are fine).
-          name: of the generator.
-          category: with the options laid over it; found from the options if None.
-          options: of the user.
+          generator: from `samjax.io.checkpoints.load_generator` or `ckpt_convert.load`, or the path of a converted one.
+          encoder: e4e encoder, which gives the start of W+; if None, W+ starts at the mean style.
+          predictor: predictor of error maps; if None, they are measured by an inversion in each layer.
+          segmenter: finds segments; the category's if None.
+          directions: name to direction [num_ws, w_dim] (leading axes of 1 are allowed).
+          name: display name of the generator.
+          category: the category, with the options applied; derived from the options if None.
+          options: the user's options.
           max_batch_size: upper limit of the default batch size.
-          notify: called with a line about each thing that is done without asking.
+          notify: called with one line for each message, such as a change to an input image.
 
         Raises:
-          UserError: networks or options that do not belong together, or weights that are missing or damaged.
+          UserError: networks or options are inconsistent, or weights are missing or damaged.
         """
         runtime.configure()
         if not isinstance(generator, LoadedNetwork):
@@ -127,11 +127,11 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | Path = "demo", **options: Any) -> Pipeline:
-        """A pipeline for a category, or for a generator of your own.
+        """A pipeline for a category, or for your own generator.
 
         Args:
           name: "demo", which is part of the package; "cars", "faces" or "cats", once `python -m ckpt_convert get NAME`
-            has fetched them; or a converted generator's directory or .safetensors file.
+            has downloaded them; or a converted generator's directory or .safetensors file.
           **options: fields of `samjax.config.Options`, such as `num_opt_steps=50`.
 
         Raises:
@@ -152,18 +152,18 @@ class Pipeline:
         notify: Callable[[str], None] | None = None,
         read_directions: loading.ReadDirections = directions.read_folder,
     ) -> Pipeline:
-        """A pipeline with the networks and directions that options ask for.
+        """A pipeline with the networks and directions that options select.
 
         Args:
-          options: of the user; networks as samjax stores them. `ckpt_convert.get.prepare` converts others.
-          name: of the generator; that of the category or of the generator's path if None.
-          segments_given: whether segments come with every image, so that no segmenter is needed.
+          options: the user's options, with converted networks; `ckpt_convert.get.prepare` converts others.
+          name: display name of the generator; by default that of the category or of the generator's path.
+          segments_given: whether segments are given with every image, so that no segmenter is needed.
           max_batch_size: upper limit of the default batch size.
           notify: see `Pipeline`.
           read_directions: reads a directory of directions. `ckpt_convert.directions.read_folder` reads more formats.
 
         Raises:
-          UserError: as `from_pretrained`.
+          UserError: see `from_pretrained`.
         """
         category = resolve_category(options)
         parts = loading.load(options, category, segments_given=segments_given, read_directions=read_directions)
@@ -200,10 +200,10 @@ class Pipeline:
           image: a path, a PIL image, or an array [H, W, 3], uint8 or float in [-1, 1].
           segments: a label image: a path, or integers [H, W] of the image's size or [h, w] of the target's. The
             segmenter finds them if None.
-          segment_names: label to what the segment shows.
+          segment_names: label to the name of what the segment shows.
           maps: [L, h, w] error maps; predicted or measured if None.
-          ws: [num_ws, w_dim] where W+ starts; by the category if None.
-          name: of the image; from its path if None.
+          ws: [num_ws, w_dim] where W+ starts; found as the category specifies if None.
+          name: name of the image; that of its file if None.
           directory: keeps measured maps, and finds them there again; see `invert`.
           on_progress: see `invert`.
 
@@ -255,17 +255,17 @@ class Pipeline:
         """Inverts an image: each segment takes the first layer whose mean error is at most a threshold.
 
         Args:
-          image: as in `analyze`, or its result. An `Inversion` continues: its analysis, and unless they are given its
+          image: as in `analyze`, or its result. An `Inversion` is continued: its analysis, and by default its
             threshold and layers, are used again; if no segment changes its layer, optimization starts from its latents.
           threshold: mean error up to which a segment may use a layer; the category's if None.
           layers: label to layer ("W+", "F4", ...) of segments whose layer is chosen by hand.
           segments: as in `analyze`, for an image.
-          num_opt_steps: of this inversion; those of the options if None.
+          num_opt_steps: steps of this inversion; those of the options if None.
           directory: keeps what is finished, and finds it there again when the same call is repeated.
           on_progress: called between chunks of steps; None draws a progress bar if standard error is a terminal.
 
         Raises:
-          UserError: arguments that cannot be used, or results of other settings in `directory`.
+          UserError: arguments cannot be used, or `directory` holds results of other settings.
           DivergedError: a loss is not finite.
         """
         before = image if isinstance(image, Inversion) else None
@@ -303,8 +303,8 @@ class Pipeline:
           An inversion for each threshold.
 
         Raises:
-          UserError: as `invert`.
-          DivergedError: as `invert`.
+          UserError: see `invert`.
+          DivergedError: see `invert`.
         """
         known = self._analysis(image, segments, directory, on_progress)
         chosen = self.category.sweep() if thresholds is None else thresholds
@@ -317,7 +317,7 @@ class Pipeline:
         threshold: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[Inversion]:
-        """Inverts many images by one compiled program, `config.batch_size` at a time.
+        """Inverts many images with one compiled program, `config.batch_size` at a time.
 
         Args:
           images: each as in `invert`.
@@ -325,11 +325,11 @@ class Pipeline:
           on_progress: as in `invert`.
 
         Returns:
-          An inversion for each image; the same to rounding as of each image alone, and to the bit at batch size 1.
+          An inversion for each image, equal to that of the image alone up to rounding, or to the bit at batch size 1.
 
         Raises:
-          UserError: as `invert`.
-          DivergedError: as `invert`; `items` are positions in `images`.
+          UserError: see `invert`.
+          DivergedError: see `invert`; `items` are positions in `images`.
         """
         threshold = self._finite(self.category.threshold if threshold is None else threshold)
         known = [self._analysis(image, None, None, on_progress) for image in images]
@@ -355,13 +355,13 @@ class Pipeline:
         ]
 
     def single_layers(self, known: Analysis) -> dict[str, Inversion]:
-        """The inversions in each layer alone by which error maps were measured.
+        """The inversions in each layer alone that measured the error maps.
 
         Args:
-          known: of `analyze`.
+          known: as returned by `analyze`.
 
         Returns:
-          An inversion by the name of its layer, the most editable first; empty if the maps were predicted or given.
+          Layer name to inversion, the most editable layer first; empty if the maps were predicted or given.
         """
         return {layer: self._single_layer(known, i) for i, layer in enumerate(known.layers)} if known.singles else {}
 
@@ -376,16 +376,16 @@ class Pipeline:
         """Edits an inverted image, along several directions at once.
 
         Args:
-          inversion: of `invert`.
-          directions: strength by direction, each the name of one of `directions` or the file of one; or one direction,
+          inversion: as returned by `invert`.
+          directions: direction to strength, each direction a name in `self.directions` or a file; or a single direction,
             which may also be an array [num_ws, w_dim].
-          strength: of a single direction.
+          strength: strength of a single direction.
 
         Returns:
           The edited image at the generator's own size, without the letterbox.
 
         Raises:
-          UserError: an unknown name, or a file or an array that is not a direction of this generator.
+          UserError: a name is unknown, or a file or array is not a direction of this generator.
         """
         return images.to_pil(inversion.full_size(self.edit_array(inversion, directions, strength)))
 
@@ -395,7 +395,7 @@ class Pipeline:
         directions: Mapping[str | Path, float] | ArrayLike | str | Path,
         strength: float = 1.0,
     ) -> np.ndarray:
-        """`edit`, as the generator makes it: [R, R, 3] float32, in [-1, 1] up to overshoot."""
+        """Like `edit`, but returns the generator's image: [R, R, 3] float32, in [-1, 1] up to overshoot."""
         given = directions if isinstance(directions, Mapping) else {"": strength}
         total = np.zeros(self.layers_shape, np.float32)
         for key, factor in given.items():
@@ -410,15 +410,15 @@ class Pipeline:
         """Edits an inverted image, and its baselines, along each direction by itself at several strengths.
 
         Args:
-          inversion: of `invert`.
+          inversion: as returned by `invert`.
           strengths: multiples of each direction; those of the options if None.
-          names: of `directions`; all if None.
+          names: names in `directions`; all if None.
 
         Returns:
           Direction to strength to method ("SAM", or a baseline) to [R, R, 3] float32, in [-1, 1] up to overshoot.
 
         Raises:
-          UserError: an unknown name.
+          UserError: a name is unknown.
         """
         chosen = {name: self._direction(name) for name in (self.directions if names is None else names)}
         strengths = self.options.edit_strengths if strengths is None else strengths
@@ -443,7 +443,7 @@ class Pipeline:
         )  # fmt: skip
 
     def start(self, target: np.ndarray) -> np.ndarray:
-        """Where W+ starts for a target [h, w, 3]: at the encoder's code, or as the category says; [num_ws, w_dim]."""
+        """Where W+ starts for a target [h, w, 3]: at the encoder's code, or as the category has it; [num_ws, w_dim]."""
         if self.encoder is not None:
             return analysis.encode(self.encoder.config, self.encoder.params, target[None])[0]
         kind: Literal["mean", "best"] = "best" if self.category.start == "best" else "mean"
@@ -459,10 +459,10 @@ class Pipeline:
         return self.render(latents, masks)[0]
 
     def load(self, directory: str | Path) -> Inversion:
-        """An inversion written by `Inversion.save`, to edit it, or to invert again from its analysis.
+        """Loads an inversion written by `Inversion.save`, to edit it, or to invert again from its analysis.
 
         Raises:
-          UserError: nothing there, damaged, or of another generator.
+          UserError: the files are missing, damaged, or of another generator.
         """
         arrays, notes = results.read(directory)
         if notes["fingerprint"] != self.fingerprint:
@@ -495,12 +495,12 @@ class Pipeline:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells generators apart."""
+        """Fingerprint of the generator's parameters."""
         return provenance.fingerprint(self.generator.config, self.generator.params)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What inversions depend on, apart from the image, its segments, and the layers of these."""
+        """Everything that inversions depend on, except for the image, its segments, and their layers."""
         return {
             **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("batch_size", "chunk_steps")},
             "seed": self.options.seed,
@@ -517,7 +517,7 @@ class Pipeline:
         """(num_ws, w_dim) of W+."""
         return self.generator.config.num_ws, self.generator.config.w_dim
 
-    # --- within ---
+    # --- internals ---
 
     def _check_networks(self) -> None:
         config = self.generator.config
@@ -526,18 +526,18 @@ class Pipeline:
             if (given.num_styles, given.style_dim) != (config.num_ws, config.w_dim):
                 raise UserError(
                     f"the encoder gives {given.num_styles} styles of {given.style_dim}, the generator takes "
-                    f"{config.num_ws} of {config.w_dim}: they do not belong together"
+                    f"{config.num_ws} of {config.w_dim}: use networks that belong together"
                 )
             if given.max_size < max(self.category.target_size):
                 raise UserError(
                     f"the encoder takes images of at most {given.max_size} px, the target has "
-                    f"{max(self.category.target_size)} px: they do not belong together"
+                    f"{max(self.category.target_size)} px: use networks that belong together"
                 )
         if self.predictor is not None:
             known = self.predictor.config.latent_names
             if unknown := [name for name in self.config.latent_names if name not in known]:
                 raise UserError(
-                    f"the invertibility predictor has no maps of {', '.join(unknown)}: choose --latent_names among "
+                    f"the invertibility predictor has no maps of {', '.join(unknown)}: choose --latent_names from "
                     f"{','.join(known)}, or --invertibility measured"
                 )
 
@@ -552,7 +552,7 @@ class Pipeline:
         if not isinstance(known, Analysis):
             return self.analyze(known, segments=segments, directory=directory, on_progress=on_progress)
         if segments is not None:
-            raise UserError("segments belong to an image: give them to analyze")
+            raise UserError("segments can be given with an image only: pass them to analyze")
         if known.layers != tuple(layer.name for layer in self.layers):
             raise UserError(f"the analysis is of the layers {', '.join(known.layers)}: analyze the image again")
         if known.target.shape[:2] != self.category.target_size:
@@ -565,7 +565,7 @@ class Pipeline:
             return images.read_segments(segments, height, width, size, self.options.fit)
         labels = np.asarray(segments)
         if labels.dtype.kind not in "iu" or labels.ndim != 2:
-            raise UserError(f"segments are integers [H, W], not {labels.dtype} {list(labels.shape)}")
+            raise UserError(f"segments must be integers [H, W], not {labels.dtype} {list(labels.shape)}")
         if labels.shape == (height, width):
             return labels.astype(np.int32)
         if labels.shape != tuple(size):
@@ -576,7 +576,7 @@ class Pipeline:
         return images.fit_labels(labels, height, width, self.options.fit)
 
     def _measured(self, known: Analysis, directory: str | Path | None, on_progress: OnProgress | None) -> Analysis:
-        """`known` with maps that are measured by an inversion in each layer, or were kept in `directory`."""
+        """`known` with maps measured by an inversion in each layer, or read from `directory`."""
         path = None if directory is None else Path(directory) / "measured.npz"
         if path is not None and path.exists():
             self._note(f"resuming: the single-layer inversions are done ({path.name})")
@@ -603,7 +603,7 @@ class Pipeline:
         """The layer of each segment at each threshold."""
         names, labels = list(known.layers), set(np.unique(known.segments).tolist())
         if unknown := sorted({layer for layer in forced.values() if layer not in names}):
-            raise UserError(f"unknown latent layer {', '.join(map(repr, unknown))}: there are {', '.join(names)}")
+            raise UserError(f"unknown latent layer {', '.join(map(repr, unknown))}: choose from {', '.join(names)}")
         if absent := sorted(label for label in forced if label not in labels):
             raise UserError(f"the image has no segment {', '.join(map(str, absent))}")
         for threshold in thresholds:
@@ -623,7 +623,7 @@ class Pipeline:
         on_progress: OnProgress | None = None,
         before: Inversion | None = None,
     ) -> list[Inversion]:
-        """An inversion for each threshold; equal layer maps are optimized once, kept ones not again."""
+        """An inversion for each threshold; equal layer maps are optimized once, and finished ones are not repeated."""
         if num_opt_steps is not None and num_opt_steps < 1:
             raise UserError(f"num_opt_steps must be at least 1, not {num_opt_steps}")
         config = dataclasses.replace(self.config, num_opt_steps=num_opt_steps or self.config.num_opt_steps)
@@ -664,7 +664,7 @@ class Pipeline:
         return made
 
     def _kept(self, path: Path | None, layer_map: np.ndarray, num_opt_steps: int) -> dict[str, np.ndarray] | None:
-        """A finished inversion of this layer map and length, if there is one at `path`."""
+        """The finished inversion at `path`, if there is one with this layer map and number of steps."""
         if path is None or not path.exists():
             return None
         arrays = files.read_npz(path)
@@ -698,7 +698,7 @@ class Pipeline:
         return {name: np.asarray(value) for name, value in latents.items()}, terms
 
     def _baselines(self, known: Analysis) -> dict[str, Inversion]:
-        """The inversions in the first and in the last layer alone, if maps were measured by them."""
+        """The inversions in the first and in the last layer alone, if they measured the maps."""
         ends = (0, len(known.layers) - 1) if known.singles else ()
         return {known.layers[i]: self._single_layer(known, i) for i in ends}
 
@@ -726,7 +726,7 @@ class Pipeline:
         masks: Mapping[str, np.ndarray] | None = None,
         baselines: Mapping[str, Inversion] | None = None,
     ) -> Inversion:
-        """The record of finished latents: with the image they form, and its metrics."""
+        """The `Inversion` of finished latents, with the image they form and its metrics."""
         masks = layer_selection.stack_masks(assignment.layer_maps, self.layers) if masks is None else masks
         image = self.render(latents, masks)[0]
         height, width = known.target.shape[:2]
@@ -773,7 +773,7 @@ class Pipeline:
         return directions.check(np.asarray(direction), *self.layers_shape, Path("the direction"))
 
     def _check_settings(self, known: Analysis, directory: str | Path) -> None:
-        """Makes sure that what is in `directory` was made with the same settings."""
+        """Checks that results in `directory` were made with the same settings."""
         settings = {
             **self.settings,
             "target": provenance.fingerprint(known.target),
@@ -805,7 +805,7 @@ class Pipeline:
 
 @contextlib.contextmanager
 def _progress(description: str, on_progress: OnProgress | None) -> Iterator[OnProgress]:
-    """`on_progress`, or a bar where there is a terminal to draw it on."""
+    """`on_progress`, or a progress bar if standard error is a terminal."""
     if on_progress is not None:
         yield on_progress
         return
@@ -820,5 +820,5 @@ def _vgg_distance(params: lpips.Params, x: Array, y: Array) -> Array:
 
 
 def _source(network: LoadedNetwork | None) -> str | None:
-    """Tells networks apart: the hash of the file that one came from."""
+    """Identifies a network: the hash of its source file."""
     return None if network is None else str(network.manifest.get("source", {}).get("sha256"))[:16]

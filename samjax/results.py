@@ -33,12 +33,12 @@ class Inversion:
     """An inverted image: everything that edits and reports need. All arrays are NumPy's.
 
     Attributes:
-      analysis: of the image.
-      category: with the options of the run.
+      analysis: the analysis of the image.
+      category: the category, with the options of the run.
       config: settings of the optimization.
-      measure_steps: of each inversion by which error maps were measured.
+      measure_steps: steps of each inversion that measured error maps.
       generator: name of the generator.
-      fingerprint: of the generator's parameters.
+      fingerprint: fingerprint of the generator's parameters.
       threshold: mean error up to which a segment may use a layer.
       forced: label to layer of the segments whose layer the caller chose.
       assignment: the layer of each segment, for one threshold.
@@ -47,7 +47,7 @@ class Inversion:
       image: [R, R, 3], the generator's image of the latents, in [-1, 1] up to overshoot.
       terms: weighted loss terms of every step, [steps] each.
       metrics: "MSE", "PSNR" (dB), "SSIM" and "LPIPS" (VGG) against the target.
-      seconds: that the optimization took.
+      seconds: duration of the optimization.
       baselines: the inversions in the first and in the last layer alone, by the layer's name, if error maps were
         measured by them; otherwise empty.
     """
@@ -88,7 +88,7 @@ class Inversion:
         """Writes inversion.npz and inversion.json, from which `Pipeline.load` continues.
 
         Args:
-          directory: is made if it is missing; an inversion that it holds is replaced.
+          directory: the directory, which is created if it is missing; an inversion in it is replaced.
 
         Raises:
           UserError: the directory cannot be written.
@@ -125,10 +125,10 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads the files of `Inversion.save`.
 
     Returns:
-      The arrays by name, and everything else by key, of checked types.
+      The arrays by name, and everything else by key, with checked types.
 
     Raises:
-      UserError: they are missing, damaged, or something else.
+      UserError: the files are missing, damaged, or of another kind.
     """
     directory = Path(directory)
     path = directory / "inversion.json"
@@ -161,7 +161,7 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _dataclass(kind: type, values: Any) -> Any:
-    """A frozen dataclass from its JSON form: lists become tuples, and types have to be those of the defaults."""
+    """A frozen dataclass from its JSON form: lists become tuples, and types must be those of the defaults."""
     defaults = kind("", 256) if kind is Category else kind()
     taken = {}
     for name, value in values.items():
@@ -177,10 +177,10 @@ def _dataclass(kind: type, values: Any) -> Any:
 def check_arrays(
     arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, ...], target_size: tuple[int, int], where: Path
 ) -> None:
-    """Makes sure that saved arrays have the shapes that a generator's latent layers ask for.
+    """Checks that saved arrays have the shapes of a generator's latent layers.
 
     Raises:
-      UserError: some have not, or hold values that are not finite; all are named.
+      UserError: some have other shapes or values that are not finite; the message names all of them.
     """
     count = len(layers)
     expected: dict[str, tuple[int, ...]] = {

@@ -1,6 +1,6 @@
 """Process-wide settings of JAX and the C library that make repeated steps and repeated runs faster.
 
-`Pipeline` and every program apply them once; numbers do not change.
+`Pipeline` and every program apply them once; they do not change results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def configure() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes this process keep the memory that it frees instead of returning it to the system.
+    """Makes this process keep freed memory instead of returning it to the system.
 
     XLA on a CPU allocates its buffers anew at every step. By default glibc maps each large one afresh, and the system
     clears it page by page: a quarter of the time of the demo's steps, a tenth at 256 px. With another C library this
@@ -40,7 +40,9 @@ def keep_freed_memory() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Makes JAX reuse what earlier runs compiled, from `registry.cache_folder()`: up to 2 GB, the oldest go first.
+    """Makes JAX reuse programs that earlier runs compiled, from `registry.cache_folder()`.
+
+    The cache holds up to 2 GB; the least recently used programs are evicted first.
 
     JAX_COMPILATION_CACHE_DIR names another directory; JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
     """
@@ -50,14 +52,14 @@ def keep_compiled_programs() -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # there is nowhere to keep them: programs are compiled in every run
+        return  # the cache cannot be written: programs are compiled in every run
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", 2 << 30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _processor() -> str:
-    """Identifies the kind of processor: machines may share a home directory, and one's code may crash another."""
+    """Identifies the kind of processor: machines may share a home directory, and code for one may crash another."""
     try:
         flags = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))
@@ -76,10 +78,10 @@ def connect(distributed: bool, coordinator: str | None, num_processes: int | Non
     """Joins the other processes of a run, if there are any.
 
     Args:
-      distributed: whether to find this process's place among them in its environment.
-      coordinator: address of the first one, HOST:PORT, if the environment does not tell; with the next two.
-      num_processes: how many there are.
-      process_id: which one this is.
+      distributed: whether to read the addresses and the index of this process from its environment.
+      coordinator: address of the first process, HOST:PORT, if the environment does not define it; needs the next two.
+      num_processes: number of processes.
+      process_id: index of this process.
 
     Raises:
       UserError: one of the three is missing.

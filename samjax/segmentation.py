@@ -46,7 +46,7 @@ class Segmenter(Protocol):
     """A function that segments an image."""
 
     def __call__(self, image: ArrayLike) -> np.ndarray:
-        """Takes an image [H, W, 3] in [-1, 1]; gives labels [H, W] int32, of any values."""
+        """Takes an image [H, W, 3] in [-1, 1]; returns labels [H, W] int32, of any values."""
         ...
 
 
@@ -57,7 +57,7 @@ def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -
       image: [H, W, 3] in [-1, 1].
       method: "felzenszwalb" (Felzenszwalb and Huttenlocher, IJCV 2004): few regions that follow edges; or "slic"
         (Achanta et al., PAMI 2012): compact regions of similar size.
-      **options: of the function of that name in `skimage.segmentation`; they override the defaults here.
+      **options: arguments of the function of that name in `skimage.segmentation`; they override the defaults here.
 
     Returns:
       [H, W] int32 labels, from 0.
@@ -67,8 +67,8 @@ def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -
     """
     image = _checked(image)
     if method not in get_args(Method):
-        raise UserError(f"unknown segmentation {method!r}: choose {' or '.join(get_args(Method))}")
-    import skimage.segmentation as classical  # slow to import, and needed here only
+        raise UserError(f"unknown segmentation method {method!r}: choose {' or '.join(get_args(Method))}")
+    import skimage.segmentation as classical  # slow to import
 
     unit = np.clip((image + 1.0) / 2.0, 0.0, 1.0)
     area = image.shape[0] * image.shape[1]
@@ -82,15 +82,15 @@ def segment(image: ArrayLike, method: Method = "felzenszwalb", **options: Any) -
 
 
 def load(name: str, network: LoadedNetwork | None = None, *, swap_channels: bool = False) -> Segmenter:
-    """The segmenter of a name, one of `samjax.config.Segmenter`.
+    """The segmenter with a given name, one of `samjax.config.Segmenter`.
 
     Args:
-      name: of a classical method, or of a network.
+      name: name of a classical method, or of a network.
       network: its parameters; None for a classical method.
       swap_channels: see `instances`.
 
     Raises:
-      ValueError: a network's name without the network.
+      ValueError: the name is that of a network, but `network` is None.
     """
     if name in CLASSICAL_SEGMENTERS:
         return functools.partial(segment, method=name)  # type: ignore[arg-type]
@@ -110,8 +110,8 @@ def merge_classes(labels: ArrayLike, merged: Mapping[int, int]) -> np.ndarray:
     """Renames classes. Each label is renamed once, so the order of `merged` does not matter.
 
     Args:
-      labels: of any shape.
-      merged: new class by old class, such as `ADE20K_MERGED`; other labels stay.
+      labels: integers of any shape.
+      merged: new class by old class, such as `ADE20K_MERGED`; other labels are unchanged.
 
     Returns:
       A new array of the shape and type of `labels`.
@@ -172,12 +172,12 @@ def instances(
       variables: of `samjax.nets.mask_rcnn`.
       config: the network's.
       score_threshold: instances with this score or less are left out.
-      swap_channels: whether to give the network red for blue, as SAM's authors do: they pass an RGB image to a
+      swap_channels: whether to swap red and blue, as SAM's authors do: they pass an RGB image to a
         predictor that expects BGR.
 
     Returns:
       A segmenter: compiled once for each size of the resized image's canvas and each size of labels, in full float32.
-      Label 0 is the first class (people), and everything outside of instances. It raises UserError for images of
+      Label 0 is both the first class (people) and everything outside of instances. It raises UserError for images of
       another shape.
     """
     detect = jax.jit(functools.partial(mask_rcnn.detect, config=config))

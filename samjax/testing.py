@@ -1,4 +1,4 @@
-"""Tiny generators and networks for tests, filled by NumPy: nothing is downloaded, and almost nothing compiled."""
+"""Tiny generators and networks for tests, filled by NumPy: nothing is downloaded, and almost nothing is compiled."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def random_lpips(net: lpips.Net) -> dict[str, Any]:
 
 
 def tiny_networks(config: StyleGAN2Config = TINY, net: lpips.Net = "alex", *, samples: int = 100) -> Networks:
-    """Everything frozen in an inversion: a tiny generator, a random LPIPS, and the prior on W+.
+    """The frozen parameters of an inversion: a tiny generator, a random LPIPS, and the prior on W+.
 
     Args:
       config: sizes of the generator.
       net: LPIPS network.
-      samples: mapped z that the prior is fitted to.
+      samples: number of mapped z that the prior is fitted to.
     """
     params = tiny_generator(config)
     prior = losses.generator_prior(config, params, key=jax.random.key(1), samples=samples)
@@ -70,7 +70,7 @@ def tiny_networks(config: StyleGAN2Config = TINY, net: lpips.Net = "alex", *, sa
 
 
 def tiny_encoder_config(generator: StyleGAN2Config = TINY) -> E4EConfig:
-    """Sizes of a tiny encoder for a generator."""
+    """Config of a tiny encoder for a generator."""
     depth = 1 if generator.img_resolution <= 32 else 2  # which limits the size of the images
     return E4EConfig(
         generator.num_ws, generator.w_dim, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), head_width=4, head_depth=depth

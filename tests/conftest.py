@@ -27,10 +27,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 LONG = (
-    "test_notebooks", "test_inversion", "test_benchmark", "test_train_encoder", "test_train_invertibility",
-    "test_training", "test_invert", "test_invert_folder", "test_lpips", "test_compare_pytorch", "test_invertibility",
-    "test_mask_rcnn", "test_evaluate", "test_studio", "test_stylegan2", "test_convolution", "test_demo", "test_api",
-    "test_e4e",
+    "test_inversion", "test_notebooks", "test_train_encoder", "test_training", "test_wheel", "test_invert",
+    "test_lpips", "test_train_invertibility", "test_pipeline", "test_mask_rcnn", "test_analysis", "test_stylegan2",
+    "test_compare_pytorch", "test_invert_folder", "test_evaluate", "test_e4e", "test_session", "test_demo",
+    "test_convolution", "test_deeplab",
 )  # fmt: skip
 """The files that take longest, longest first: whichever worker is free gets the next, and none is left alone at the
 end with one of these."""
@@ -46,7 +46,7 @@ def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What one worker of pytest-xdist has compiled, another need not; for this run only."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp().parent / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -114,7 +114,7 @@ def test_the_sweep_of_a_category():
 
 def test_batches_divide_by_the_devices():
     assert resolve(OWN, TINY, devices=2).config.batch_size == 2
-    with pytest.raises(UserError, match="--batch_size 3 does not divide by the 2 devices"):
+    with pytest.raises(UserError, match="--batch_size 3 does not divide evenly over the 2 devices"):
         resolve(dataclasses.replace(OWN, batch_size=3), TINY, devices=2)
 
 

@@ -125,7 +125,7 @@ def test_a_scorer_of_images(find, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "3"}, r"--layers .*there are .*, from 0"),
+        ({"layers": "3"}, r"--layers .*there are .*, counted from 0"),
         ({"layers": "2-1"}, "--layers"),
         ({"count": 0}, "--count must be at least 1"),
         ({"samples": 1}, "--samples must be at least 2"),
@@ -148,12 +148,12 @@ def test_bad_arguments(find, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("def f(images):\n    raise RuntimeError('no card')", "stops with RuntimeError: no card"),
+        ("def f(images):\n    raise RuntimeError('no card')", "failed with RuntimeError: no card"),
         ("def f(images):\n    return 1.0", "gave 1 numbers for 16 images"),
-        ("def f(images):\n    return ['a'] * len(images)", "stops with ValueError"),
+        ("def f(images):\n    return ['a'] * len(images)", "failed with ValueError"),
         ("def f(images):\n    return [1.0] * len(images)", "scores are the same"),
         ("def g(images):\n    return 1.0", "has no function 'f'"),
-        ("import nothing_of_this_name", "stops with ModuleNotFoundError"),
+        ("import nothing_of_this_name", "failed with ModuleNotFoundError"),
     ],
 )
 def test_scorers_that_do_not_work(find, tmp_path, body, message):

@@ -101,7 +101,7 @@ def test_bad_input_is_found_before_work(inputs, tmp_path):
         ({"image_folder": tmp_path / "none"}, "not a directory"),
         ({"image_folder": tmp_path / "empty"}, "no images"),
         ({"image_folder": twins}, "the same results"),
-        ({"batch_size": 3}, "does not divide by the 2 devices"),
+        ({"batch_size": 3}, "does not divide evenly over the 2 devices"),
         ({"latent_names": "W+,F10"}, "F10"),
         ({"coordinator": "localhost:1"}, "all three"),
     ):

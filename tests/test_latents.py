@@ -65,7 +65,7 @@ def test_start_is_the_style_and_no_offset():
     np.testing.assert_array_equal(start["W+"][1, 3], np.arange(8.0, 16.0))
     assert not np.any(start["F4"])
     assert start["F4"].shape == (2, 16, 16, 8)
-    with pytest.raises(ValueError, match="W\\+ of shape"):
+    with pytest.raises(ValueError, match="W\\+ has shape"):
         latents.init_latents(layers, jnp.zeros((1, 3, 8)))
 
 

@@ -5,77 +5,31 @@ The golden case has the image before it is enlarged to 320 px, every 8th channel
 """
 
 import functools
-import json
 import math
 import pickle
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import network_cases
 import numpy as np
 import pytest
-from golden_weights import load_fill
+from network_cases import MASK_RCNN, pickled
 
-from ckpt_convert import tables
 from ckpt_convert.formats import arrays
-from ckpt_convert.formats.arrays import PickledArray, PickledDtype
-from ckpt_convert.mask_rcnn import NETWORK
+from ckpt_convert.formats.arrays import PickledArray
 from samjax import segmentation
 from samjax.errors import UserError
 from samjax.io import checkpoints, pickles
 from samjax.nets import mask_rcnn
-from samjax.nets.mask_rcnn import Detections, MaskRCNNConfig
+from samjax.nets.mask_rcnn import Detections
 
-TOLERANCE = 1e-4  # relative to an array's spread; float32 sums in another order stay below it
-SMALL = MaskRCNNConfig(
-    num_classes=5, features=4, blocks=(1, 2, 1, 1), channels=8, hidden=16, proposals=60, detections=40
-)
-SCALES = {
-    "stem_conv": 0.01,
-    "fpn": 0.3,
-    "anchor_deltas": 0.2,
-}  # of random layers, so that objects are found
+SMALL = MASK_RCNN.small
 MIN_FOUND = 10  # objects that a comparison of detections needs
-State = dict[str, PickledArray]
-
-
-def stored(array: np.ndarray) -> PickledArray:
-    """`array` as read from a pickle."""
-    result = PickledArray()
-    result.__setstate__((1, array.shape, PickledDtype(array.dtype.str[1:]), False, array.tobytes()))
-    return result
-
-
-@functools.cache
-def tree(config: MaskRCNNConfig) -> dict[str, Any]:
-    return checkpoints.flatten(jax.eval_shape(lambda: mask_rcnn.init(config, key=jax.random.key(0))))
-
-
-def convert(*objects: Any) -> tuple[MaskRCNNConfig, dict[str, np.ndarray]]:
-    """Config and flat variables from the contents of files."""
-    stored = NETWORK.find(objects)
-    assert stored is not None
-    config = NETWORK.config(stored)
-    shapes = {path: leaf.shape for path, leaf in tree(config).items()}
-    return config, tables.to_ours(NETWORK.rows, stored, shapes, "Mask R-CNN", ignored=NETWORK.ignored)
 
 
 # --- the reference ---
-
-
-@pytest.fixture(scope="module")
-def published(golden) -> State:
-    """The weights of the golden case in the layout of the published file, without constants that we compute."""
-    case, fill = golden("maskrcnn_A"), load_fill().maskrcnn
-    filled = {name: fill(name, tuple(shape), str(case["salt"])) for name, shape in json.loads(str(case["weights"]))}
-    return {name: stored(array) for name, array in filled.items() if array is not None}
-
-
-@pytest.fixture(scope="module")
-def converted(published) -> tuple[MaskRCNNConfig, dict[str, np.ndarray]]:
-    return convert({"model": published, "__author__": "Detectron2 Model Zoo"})
 
 
 class Stages(NamedTuple):
@@ -90,9 +44,10 @@ class Stages(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def stages(golden, converted) -> Stages:
+def stages(golden) -> Stages:
     """All stages on the image of the golden case, compiled together so that `detect` shares their results."""
-    case, (config, flat) = golden("maskrcnn_A"), converted
+    case = golden("maskrcnn_A")
+    config, flat = network_cases.convert(MASK_RCNN, *MASK_RCNN.files(network_cases.published(MASK_RCNN, case)))
     height, width = case["image"].shape[1:]
 
     @jax.jit
@@ -118,8 +73,7 @@ def stages(golden, converted) -> Stages:
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() < TOLERANCE * np.ptp(theirs)
+    return network_cases.error(ours, theirs) < network_cases.TOLERANCE
 
 
 def test_pyramid_matches_reference(golden, stages):
@@ -338,27 +292,9 @@ def test_painting_puts_later_objects_over_earlier_ones():
 # --- the whole of a small network ---
 
 
-def random_variables(config: MaskRCNNConfig) -> dict[str, np.ndarray]:
-    """Flat variables of realistic size, none at its default, with scores that differ enough to find objects."""
-    rng = np.random.default_rng(0)
-    flat = {}
-    for path, leaf in tree(config).items():
-        values = rng.standard_normal(leaf.shape).astype(np.float32)
-        if path.endswith("kernel"):
-            values *= np.float32(math.sqrt(2 / np.prod(leaf.shape[:-1])))
-        elif path.endswith(("scale", "var")):
-            values = np.float32(1) + np.float32(0.3) * np.tanh(values)
-        elif path.endswith("bias"):
-            values *= np.float32(0.1)
-        for part, scale in SCALES.items():
-            values *= np.float32(scale if part in path else 1)
-        flat[path] = values
-    return flat
-
-
 @pytest.fixture(scope="module")
 def variables() -> dict[str, Any]:
-    return checkpoints.unflatten(random_variables(SMALL))
+    return checkpoints.unflatten(network_cases.random_variables(MASK_RCNN))
 
 
 def random_image(*shape: int) -> np.ndarray:
@@ -452,22 +388,6 @@ def test_empty_boxes_are_dropped(variables):
     chex.assert_tree_all_finite(found)
 
 
-def test_bad_arguments_are_refused(variables):
-    good = jnp.zeros((64, 64, 3))
-    for call in (mask_rcnn.features, mask_rcnn.detect):
-        for image, message in ((good[None], "must be"), (good[..., :2], "must be"), (good[:0], "must be"),
-                               (good.astype(jnp.uint8), "floating point")):  # fmt: skip
-            with pytest.raises(ValueError, match=message):
-                call(variables, image, SMALL)
-    settings: tuple[dict[str, Any], ...] = (
-        {"num_classes": 0}, {"features": 0}, {"blocks": (3, 4, 6)}, {"blocks": (3, 4, 6, 0)}, {"channels": 0},
-        {"hidden": 0}, {"proposals": 0}, {"detections": 0},
-    )  # fmt: skip
-    for setting in settings:
-        with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
-            MaskRCNNConfig(**setting)
-
-
 # --- images ---
 
 
@@ -531,69 +451,46 @@ def test_instances_are_a_segmenter(swap, variables, monkeypatch):
 # --- files ---
 
 
-def their_names(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a file with these variables, by the inverse of the conversion table."""
-    result = {}
-    for path, values in flat.items():
-        name, layout = tables.find(NETWORK.rows, path)
-        result[name] = layout.theirs(values)
-    return result
-
-
 @pytest.fixture
-def small_file() -> State:
+def small_file() -> dict[str, PickledArray]:
     """With the constants and other parts of the published file."""
-    held = their_names(random_variables(SMALL))
+    held = network_cases.their_arrays(MASK_RCNN, network_cases.random_variables(MASK_RCNN))
     held["pixel_mean"] = np.array([103.53, 116.28, 123.675], np.float32).reshape(3, 1, 1)
     held["pixel_std"] = np.ones((3, 1, 1), np.float32)
     for i, level in enumerate(mask_rcnn.STRIDES):
         held[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = mask_rcnn.cell_anchors(level)
     held["sem_seg_head.predictor.weight"] = np.zeros((54, 128, 1, 1), np.float32)
     held["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = np.zeros((), np.int64)
-    return {name: stored(array) for name, array in held.items()}
-
-
-def test_conversion_round_trip_keeps_every_array(published, converted):
-    config, flat = converted
-    assert config == MaskRCNNConfig()
-    back = their_names(flat)
-    assert back.keys() == {name for name in published if not name.startswith("sem_seg_head.")}
-    for name, array in back.items():
-        np.testing.assert_array_equal(array, published[name].array(), err_msg=name)
+    return {name: pickled(array) for name, array in held.items()}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_pickles_of_the_model_zoo_are_read(protocol, small_file):
     held = {"model": {name: array.array() for name, array in small_file.items()}, "__author__": "Detectron2 Model Zoo"}
     data = memoryview(pickle.dumps(held, protocol))
-    config, flat = convert(pickles.load(arrays.View(data), arrays.python_names(), encoding="latin1"))
+    config, flat = network_cases.convert(
+        MASK_RCNN, pickles.load(arrays.View(data), arrays.python_names(), encoding="latin1")
+    )
     assert (config.num_classes, config.features, config.blocks) == (5, 4, (1, 2, 1, 1))
     assert (config.channels, config.hidden) == (8, 16)
-    for path, values in random_variables(SMALL).items():
+    for path, values in network_cases.random_variables(MASK_RCNN).items():
         np.testing.assert_array_equal(flat[path], values, err_msg=path)
-
-
-def test_other_files_are_not_recognized(small_file):
-    backbone = {name: array for name, array in small_file.items() if name.startswith("backbone.")}
-    for objects in ([], [None], [{}], [[1]], [backbone], [{"model": backbone}], [{"model": None}], [{"model": [1]}],
-                    [{"state_dict": small_file}], [{**small_file, "model": 3}]):  # fmt: skip
-        assert NETWORK.find(objects) is None
 
 
 def test_bare_and_parallel_state_dicts_are_recognized(small_file):
     parallel = {f"module.{name}": array for name, array in small_file.items()}
     for held in (small_file, {"model": parallel, "iteration": 3}):
-        found = NETWORK.find([held])
+        found = MASK_RCNN.network.find([held])
         assert found is not None
         assert found.keys() == small_file.keys()
 
 
 def test_similar_files_are_refused(small_file):
     with pytest.raises(UserError, match="alone"):
-        NETWORK.find([{"model": small_file}, None])
+        MASK_RCNN.network.find([{"model": small_file}, None])
     faster = {name: array for name, array in small_file.items() if "mask_head" not in name}
     with pytest.raises(UserError, match=r"not Mask R-CNN \(roi_heads\.mask_head\.predictor\.weight is missing"):
-        NETWORK.find([{"model": faster}])
+        MASK_RCNN.network.find([{"model": faster}])
 
 
 @pytest.mark.parametrize(
@@ -608,38 +505,6 @@ def test_similar_files_are_refused(small_file):
     ],
 )
 def test_other_constants_are_refused(name, values, small_file):
-    small_file[name] = stored(values)
+    small_file[name] = pickled(values)
     with pytest.raises(UserError, match=f"{name} is not .*, the only one"):
-        convert({"model": small_file})
-
-
-def test_conversion_lists_all_faults(small_file):
-    small_file["roi_heads.mask_head.mask_fcn5.bias"] = small_file.pop("roi_heads.mask_head.mask_fcn4.bias")
-    small_file["backbone.bottom_up.res3.1.conv2.norm.bias"] = stored(np.zeros(3, np.float32))
-    small_file["roi_heads.box_head.fc1.weight"] = stored(np.zeros((16, 8 * 49 + 1), np.float32))
-    with pytest.raises(UserError) as error:
-        convert({"model": small_file})
-    for part in ("missing: roi_heads.mask_head.mask_fcn4.bias", "unexpected: roi_heads.mask_head.mask_fcn5.bias",
-                 "backbone.bottom_up.res3.1.conv2.norm.bias [3] instead of [8]",
-                 "roi_heads.box_head.fc1.weight [16, 393] instead of [16, 392]"):  # fmt: skip
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
-        ("backbone.bottom_up.stem.conv1.weight", (4,), r"no layer backbone\.bottom_up\.stem\.conv1"),
-        ("backbone.bottom_up.stem.conv1.weight", (0, 3, 7, 7), "features must be"),
-        ("backbone.fpn_output2.weight", None, r"no layer backbone\.fpn_output2"),
-        ("backbone.bottom_up.res4.0.conv1.weight", None, "blocks must be"),
-        ("roi_heads.mask_head.predictor.weight", (70000, 0, 1, 1), "num_classes must be"),
-        ("roi_heads.box_head.fc1.weight", (), r"no layer roi_heads\.box_head\.fc1"),
-    ],
-)
-def test_impossible_configs_are_refused(name, shape, message, small_file):
-    if shape is None:
-        del small_file[name]
-    else:
-        small_file[name] = stored(np.zeros(shape, np.float32))
-    with pytest.raises(UserError, match=message):
-        convert({"model": small_file})
+        network_cases.convert(MASK_RCNN, {"model": small_file})

@@ -162,7 +162,7 @@ def test_bad_input_is_found_before_work(inputs, tmp_path):
     for changes, message in (
         ({"image_folder": tmp_path / "none"}, "not a directory"),
         ({"image_folder_val": tmp_path / "empty"}, "no images"),
-        ({"batch_size": 3}, "does not divide by the 2 devices"),
+        ({"batch_size": 3}, "does not divide evenly over the 2 devices"),
         ({"init": tmp_path / "other"}, "gives 6 styles of 8, the generator takes 8"),
         ({"gan_weights": tmp_path / "none"}, "none"),
     ):

@@ -151,7 +151,7 @@ def test_bad_input_is_found_before_work(data, finished, tmp_path):
         ({"dataset_folder_val": tmp_path / "nothing"}, "lacks W"),
         ({"dataset_folder_val": tmp_path / "unfinished", "latent_space_name": "W+"}, "no finished inversions"),
         ({"latent_space_name": "W+,F6"}, "lacks F6"),
-        ({"batch_size": 3}, "does not divide by the 2 devices"),
+        ({"batch_size": 3}, "does not divide evenly over the 2 devices"),
         ({"batch_size": 1}, "at least 2"),
         ({"init": finished / "predictor", "latent_space_name": "W+"}, r"has maps of W\+,F4, the data have W\+"),
     ):

@@ -54,7 +54,7 @@ class Arguments:
     steps: int = 3
     """Steps of the largest batch in one round. Smaller batches take more: processors slow down under lasting load."""
     rounds: int = 5
-    """The tables show medians over the rounds."""
+    """Number of rounds; the tables show medians over them."""
     reference: tuple[Path, Path] | None = None
     """Checkouts of NVlabs/stylegan3 and adobe-research/sam_inversion, to time the authors' step too."""
     channel_base: int = 32768
@@ -67,7 +67,7 @@ class Arguments:
     quality_folder: Path = Path("output/benchmark_quality")
     """Directory that keeps finished scenes of the comparison, which are not repeated."""
     precision: Precision = "highest"
-    """Of our steps; the authors' step is always float32."""
+    """Precision of our steps; the authors' step is always float32."""
     output_path: Path | None = None
     """A JSON file for all figures."""
 

@@ -62,7 +62,7 @@ class Arguments:
     detectron2: Path | None = None
     """A checkout of detectron2, for cats. Default: the installed one, or one beside the reference."""
     fit: Literal["stretch", "letterbox", "crop"] = "stretch"
-    """How an image of another shape is brought to the category's size."""
+    """How an image of another aspect ratio is fitted to the category's size."""
     threshold: float | Literal["auto"] | None = None
     """Mean error up to which a segment may use a layer; "auto" shares the image evenly among the layers. Default: the
     category's."""

@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 
 _PARAMS = "params"
 _DTYPES = ("float32", "float16", "bfloat16")
-_MAX_LISTED = 1000  # names in one message; no generator has as many
+_MAX_LISTED = 1000  # names in one message, more than any generator has
 _MAX_SIZE = 2**24  # of any entry of a config
 _MAX_ENTRIES = 64  # of a list in a config, or characters of a string
 
@@ -103,7 +103,7 @@ def kind_of(config: Any) -> tuple[str, Kind]:
     for name, kind in NETWORKS.items():
         if type(config) is kind.config:
             return name, kind
-    raise ValueError(f"{type(config).__name__} is the config of no network")
+    raise ValueError(f"{type(config).__name__} is not the config of a network")
 
 
 @functools.lru_cache(maxsize=8)

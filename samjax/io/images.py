@@ -24,19 +24,19 @@ from samjax.errors import UserError
 from samjax.io import files
 
 Fit = Literal["stretch", "letterbox", "crop"]
-"""How an image is brought to another aspect ratio: stretched, padded with black bars, or cropped."""
+"""How an image is fitted to another aspect ratio: stretched, padded with black bars, or cropped."""
 
 MIN_SIDE = 8
-"""Images with a shorter side are refused: they are too small to invert."""
+"""Images with a shorter side are rejected: they are too small to invert."""
 
 MAX_PIXELS = 400_000_000
-"""Images with more pixels are refused (20,000 x 20,000 is the largest square): decoding one takes up to 2 GB."""
+"""Images with more pixels are rejected (20,000 x 20,000 is the largest square): decoding one takes up to 2 GB."""
 
 REDUCE_ABOVE = 32_000_000
 """Images with more pixels are reduced while being read, by the smallest whole factor that brings them below this."""
 
 MAX_LABELS = 256
-"""Segment files with more labels are refused."""
+"""Segment files with more labels are rejected."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 """Formats that are read, by Pillow's names; none for which Pillow starts another program, as it does for EPS."""
@@ -625,7 +625,7 @@ def read_segments(
       int32 [height, width].
 
     Raises:
-      UserError: the file cannot be read, has another size, or is a photograph rather than labels.
+      UserError: the file cannot be read, has another size, or does not look like labels.
     """
     with _open(path) as image:
         lying = image.format != "TIFF" and _orientation(image) in _QUARTER_TURNS
@@ -644,9 +644,9 @@ def read_segments(
             top, left, rows, columns = content_box(image_size, height, width)
         placing: Fit = "crop" if mode == "crop" else "stretch"
         labels = _labels_of(_resize(upright, rows, columns, placing, Image.Resampling.NEAREST, None))
-    if labels is None or _is_photograph(labels):
+    if labels is None or _is_not_labels(labels):
         raise UserError(
-            f"{path} looks like a photograph, or has blurred edges as in a JPEG: give a PNG with one label "
+            f"{path} does not look like labels (a photo, or edges blurred by JPEG?): give a PNG with one label "
             f"or one flat color for each segment, at most {MAX_LABELS}"
         )
     framed = np.full((height, width), fill, np.int32)
@@ -654,7 +654,7 @@ def read_segments(
     return framed
 
 
-def _is_photograph(labels: NDArray[np.int32]) -> bool:
+def _is_not_labels(labels: NDArray[np.int32]) -> bool:
     """Whether there are too many labels, or so many and so scattered that they cannot be segments."""
     count = len(np.unique(labels))
     if count > MAX_LABELS:
@@ -664,7 +664,7 @@ def _is_photograph(labels: NDArray[np.int32]) -> bool:
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Suffixes of the files in a directory that are taken for images."""
+"""Suffixes of the files that `list_images` takes for images."""
 
 
 def list_images(directory: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Where results come from: a fingerprint of whatever they depend on, and one check that nothing of it has changed."""
+"""Provenance of results: fingerprints of what they depend on, and a check that their settings have not changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from samjax.io import files
 
 
 def fingerprint(*values: Any) -> str:
-    """Sixteen hexadecimal digits that tell values apart.
+    """A fingerprint of values: 16 hexadecimal digits.
 
     Args:
       *values: arrays, numbers, strings, bytes, paths, None, and dataclasses, mappings and sequences of these.
@@ -57,9 +57,9 @@ def _parts(value: Any) -> Iterator[bytes]:
 
 
 def check_settings(path: str | Path, settings: Mapping[str, Any], flag: str) -> None:
-    """Makes sure that results which are already in a directory were made with the same settings.
+    """Checks that existing results in a directory were made with the same settings.
 
-    The first call writes the settings to `path`, later ones compare.
+    The first call writes the settings to `path`; later calls compare with them.
 
     Args:
       path: of the JSON file in the directory of the results.

@@ -37,7 +37,7 @@ class WeightFile:
       name: its name.
       url: its address; if `by_hand`, of a web page rather than the file.
       megabytes: its size, rounded.
-      licence: its license, in short.
+      licence: its license, abbreviated.
       role: what it is used as: "generator", "encoder", "invertibility", "segmenter" or "edits".
       network: the network that it holds, a key of `samjax.io.checkpoints.NETWORKS`; "" for edits.
       sha256: its hash, if its authors state one; otherwise the hash of the first download counts.
@@ -204,14 +204,14 @@ def find_converted(category: str, role: str, cache: Path | None = None) -> Path:
       Its directory; see `samjax.io.checkpoints.load_network`.
 
     Raises:
-      UserError: if it is not there.
+      UserError: if it is missing.
     """
     from samjax.io import checkpoints
 
     path = converted(category, role, cache)
     if checkpoints.network_at(path) is None:
         raise UserError(
-            f"the {role} of the category {category} is not there: fetch it with `python -m ckpt_convert get {category}`"
+            f"the {role} of the category {category} has not been downloaded: fetch it with `python -m ckpt_convert get {category}`"
         )
     return path
 
@@ -220,7 +220,7 @@ def missing(category: str, absent: Sequence[WeightFile], reasons: Sequence[str] 
     """The error for files that cannot be found; it lists where to get each and where to put it."""
     details = []
     for file in absent:
-        by_hand = "; with a browser: its host refuses other programs" if file.by_hand else ""
+        by_hand = "; with a browser: its host rejects other programs" if file.by_hand else ""
         where = f"edits/{category}/" if file.role == "edits" else ""
         details.append(f"DIR/{where}{file.name} from {file.url} ({file.size}; {file.licence}{by_hand})")
     count = "a file" if len(absent) == 1 else f"{len(absent)} files"
@@ -337,7 +337,7 @@ def download(file: WeightFile, category: str, cache: Path, *, progress: bool = T
         pooch.retrieve(file.url, f"sha256:{expected}" if expected else None, file.name, folder, downloader=get)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(
-            f"{file.url} is not the file that it was (its sha256 should be {expected}): nothing was kept; if the change"
+            f"{file.url} has changed (expected sha256 {expected}): nothing was kept; if the change"
             f" is intended, delete {key} from {record}"
         ) from error
     except (requests.RequestException, OSError) as error:

@@ -1,6 +1,6 @@
 """3x3 convolutions, where an inversion spends most of its time; on a CPU, with fewer multiplications.
 
-The time of a CPU convolution is that of its multiplications. Winograd's minimal filtering F(4, r) (Lavin and Gray,
+Multiplications dominate the time of a convolution on a CPU. Winograd's minimal filtering F(4, r) (Lavin and Gray,
 "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) computes four outputs of r taps with r + 3
 multiplications instead of 4 r. Here it is applied over rows only, and each of its products is a convolution over
 columns. Applying it in both directions would save more multiplications, but loses the last digits of float32 and

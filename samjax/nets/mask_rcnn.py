@@ -42,7 +42,7 @@ _DIVISOR = 32  # images are padded to multiples of this
 _RPN_IOU, _BOX_IOU = 0.7, 0.5  # thresholds of non-maximum suppression
 _BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # factors of the box head's deltas
 _MAX_LOG_SCALE = math.log(1000 / 16)  # limit on the growth of boxes
-_BOX_CELLS, _MASK_CELLS = 7, 14  # height and width of the features that the heads see of a box
+_BOX_CELLS, _MASK_CELLS = 7, 14  # height and width of the features of a box, as the heads take them
 _POOL_BATCH_SIZE = 50  # boxes pooled at once, which bounds memory
 _SHORTEST, _LONGEST = 800, 1333  # sides to which the reference resizes images
 

@@ -1,4 +1,4 @@
-"""The content of a report: one inversion and its edits as arrays and numbers, and how these are named and colored."""
+"""The content of a report: one inversion and its edits as arrays and numbers, with their names and colors."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to write a state; returns before it is written.
+        """Starts writing a state in the background, and returns.
 
         Args:
           step: number of steps taken.

@@ -78,7 +78,7 @@ def find(directory: Path, latent_names: Sequence[str] | None = None) -> Dataset:
 
     Raises:
       UserError: there is no such directory, a layer is missing, layers have different images, or some image cannot be
-        read or has another aspect ratio than its inversion. The message counts such images and names the first ones.
+        read or has a different aspect ratio from its inversion. The message counts such images and names the first ones.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: make one with experiments/invert_folder.py")
@@ -200,7 +200,7 @@ def image_samples(
     Args:
       paths: files of the images.
       size: height and width of the samples.
-      fit: how images of another shape are brought to this size.
+      fit: how images of another aspect ratio are fitted to this size.
       train: repeats the images forever, shuffled in every epoch; otherwise every image comes once, in order.
       seed: seed of the order.
     """

@@ -46,13 +46,13 @@ class DirectoryOptions:
     latent_names: str | None = None
     """Latent layers, separated by commas. Default: all of W+,F4,F6,F8,F10 that the generator has."""
     fit: Fit = "stretch"
-    """How an image of another shape is brought to the category's size."""
+    """How an image of another aspect ratio is fitted to the category's size."""
     preset: Preset | None = None
     """The schedule: "reference" is the authors', "fast" takes a third of its steps. Default: the category's."""
     num_opt_steps: int | None = None
     """Adam steps of each inversion. Default: the preset's if one is given, otherwise the category's, at most 501."""
     precision: Precision | None = None
-    """Of the optimization: "highest", the default, is full float32; see invert.py for the others."""
+    """Precision of the optimization: "highest", the default, is full float32; see invert.py for the others."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """Network of the perceptual loss. Default: the category's."""
     noise: Literal["random", "const", "none"] = "random"
@@ -63,7 +63,7 @@ class DirectoryOptions:
     """Inversions in one program, over all devices of this machine. Default: 1 for each device on a CPU; elsewhere as
     many as fit, at most 8 for each device."""
     seed: int = 0
-    """Of the noise, of the prior's samples, and of the samples that --start best tries."""
+    """Seed of the noise, of the prior's samples, and of the samples that --start best tries."""
 
     def pipeline_options(self) -> Options:
         """Options of the pipeline that inverts the images."""
@@ -73,7 +73,7 @@ class DirectoryOptions:
 
 
 class DirectoryResult(NamedTuple):
-    """What `invert_directory` did.
+    """The result of `invert_directory`.
 
     Attributes:
       directory: directory of the results.
@@ -167,7 +167,7 @@ def _items(
     pipeline: Pipeline,
     failed: dict[Path, str],
 ) -> Iterator[_Item]:
-    """Reads images as their inversions are asked for, and adds those that cannot be read to `failed`."""
+    """Reads images lazily, and adds those that cannot be read to `failed`."""
     height, width = pipeline.category.target_size
     factor = pipeline.generator.config.img_resolution // max(height, width)
     for path, layers in remaining.items():

@@ -27,7 +27,7 @@ class LoopOptions:
     output_folder: Path = Path("output/training")
     """Directory of the network, checkpoints, metrics and figures."""
     num_steps: int | None = None
-    """Training steps. Default: those of epochs."""
+    """Training steps. Default: those of `epochs`."""
     epochs: int = 100
     """Passes over the training images, unless num_steps is given."""
     batch_size: int = 16
@@ -42,11 +42,11 @@ class LoopOptions:
     """Steps between lines of metrics.jsonl."""
 
     def epoch_steps(self, examples: int) -> int:
-        """Steps of an epoch of so many examples."""
+        """Steps of an epoch with this number of examples."""
         return max(examples // self.batch_size, 1)
 
     def total_steps(self, examples: int) -> int:
-        """Steps of the run with so many examples."""
+        """Steps of the run with this number of examples."""
         return self.num_steps or self.epochs * self.epoch_steps(examples)
 
 
@@ -57,11 +57,11 @@ class ProcessOptions:
     distributed: bool = False
     """Joins the other processes of this run as the environment describes them (TPU pods, Slurm, Open MPI)."""
     coordinator: str | None = None
-    """Address of the first process, HOST:PORT, where the environment does not tell; with the next two flags."""
+    """Address of the first process, HOST:PORT, if the environment does not define it; needs the next two flags."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
 
 
 class Placement:
@@ -76,7 +76,7 @@ class Placement:
         devices = jax.device_count()
         if batch_size % devices:
             raise UserError(
-                f"--batch_size {batch_size} does not divide by the {devices} devices: give a multiple of {devices}"
+                f"--batch_size {batch_size} does not divide evenly over the {devices} devices: give a multiple of {devices}"
             )
         mesh = Mesh(np.asarray(jax.devices()), ("batch",))
         self._sharded = NamedSharding(mesh, PartitionSpec("batch"))
@@ -133,7 +133,7 @@ class Trained(NamedTuple):
 def run(options: LoopOptions, job: Job) -> Trained:
     """Runs a training to its end, resuming from the last checkpoint in its directory.
 
-    Writes checkpoints/, metrics.jsonl, tensorboard/, figures/ and curve.png to `options.output_folder`. Where there are
+    Writes checkpoints/, metrics.jsonl, tensorboard/, figures/ and curve.png to `options.output_folder`. If there are
     several processes, all write checkpoints, and the first one writes the other files.
 
     Raises:

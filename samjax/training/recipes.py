@@ -67,9 +67,9 @@ class EncoderOptions(loop.LoopOptions):
     image_folder: Path = Path("images/train")
     """Directory of the training images."""
     image_folder_val: Path = Path("images/val")
-    """Directory of other images, for validation."""
+    """Directory of the validation images."""
     fit: Fit = "stretch"
-    """How an image of another shape is brought to the category's size."""
+    """How an image of another aspect ratio is fitted to the category's size."""
     output_folder: Path = Path("output/encoder")
     """Directory of the encoder, checkpoints, metrics and figures."""
     preset: Literal["full", "small"] = "full"
@@ -187,7 +187,7 @@ class PredictorOptions(loop.LoopOptions):
     dataset_folder_train: Path = Path("data/train")
     """Directory of the training images and their inversions, as `invert_folder.py` writes it."""
     dataset_folder_val: Path = Path("data/val")
-    """The same for other images, for validation."""
+    """The same for the validation images."""
     output_folder: Path = Path("output/predictor")
     """Directory of the predictor, checkpoints, metrics and figures."""
     preset: Literal["full", "small"] = "full"
