@@ -416,7 +416,8 @@ def resolve(
     given.setdefault("batch_size", devices * default_batch_size(generator, max_batch_size))
     if given["batch_size"] % devices:
         raise UserError(
-            f"--batch_size {given['batch_size']} does not divide evenly over the {devices} devices: give a multiple of {devices}"
+            f"--batch_size {given['batch_size']} does not divide evenly over the {devices} devices: give a multiple of"
+            f" {devices}"
         )
     try:
         config = with_preset(category.config, options.preset)

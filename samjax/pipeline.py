@@ -377,8 +377,8 @@ class Pipeline:
 
         Args:
           inversion: as returned by `invert`.
-          directions: direction to strength, each direction a name in `self.directions` or a file; or a single direction,
-            which may also be an array [num_ws, w_dim].
+          directions: direction to strength, each direction a name in `self.directions` or a file; or a single
+            direction, which may also be an array [num_ws, w_dim].
           strength: strength of a single direction.
 
         Returns:

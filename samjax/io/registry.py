@@ -211,7 +211,8 @@ def find_converted(category: str, role: str, cache: Path | None = None) -> Path:
     path = converted(category, role, cache)
     if checkpoints.network_at(path) is None:
         raise UserError(
-            f"the {role} of the category {category} has not been downloaded: fetch it with `python -m ckpt_convert get {category}`"
+            f"the {role} of the category {category} has not been downloaded: fetch it with"
+            f" `python -m ckpt_convert get {category}`"
         )
     return path
 

@@ -78,7 +78,7 @@ def find(directory: Path, latent_names: Sequence[str] | None = None) -> Dataset:
 
     Raises:
       UserError: there is no such directory, a layer is missing, layers have different images, or some image cannot be
-        read or has a different aspect ratio from its inversion. The message counts such images and names the first ones.
+        read or has a different aspect ratio from its inversion. The message counts such images and names the first.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: make one with experiments/invert_folder.py")

@@ -76,7 +76,8 @@ class Placement:
         devices = jax.device_count()
         if batch_size % devices:
             raise UserError(
-                f"--batch_size {batch_size} does not divide evenly over the {devices} devices: give a multiple of {devices}"
+                f"--batch_size {batch_size} does not divide evenly over the {devices} devices: give a multiple of"
+                f" {devices}"
             )
         mesh = Mesh(np.asarray(jax.devices()), ("batch",))
         self._sharded = NamedSharding(mesh, PartitionSpec("batch"))
