@@ -98,7 +98,7 @@ def test_scores_and_classes_recover_their_normal(styles):
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([1.0, 1.0, 1.0], "all scores are the same"), ([1.0, 2.0], "do not fit"), ([1.0, np.nan, 2.0], "not finite")],
+    [([1.0, 1.0, 1.0], "all scores are the same"), ([1.0, 2.0], "expected styles"), ([1.0, np.nan, 2.0], "not finite")],
 )
 def test_scores_without_a_direction(styles, scores, message):
     with pytest.raises(ValueError, match=message):

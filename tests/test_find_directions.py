@@ -149,7 +149,7 @@ def test_bad_arguments(find, tmp_path, options, message):
     ("body", "message"),
     [
         ("def f(images):\n    raise RuntimeError('no card')", "failed with RuntimeError: no card"),
-        ("def f(images):\n    return 1.0", "gave 1 numbers for 16 images"),
+        ("def f(images):\n    return 1.0", "returned 1 numbers for 16 images"),
         ("def f(images):\n    return ['a'] * len(images)", "failed with ValueError"),
         ("def f(images):\n    return [1.0] * len(images)", "scores are the same"),
         ("def g(images):\n    return 1.0", "has no function 'f'"),

@@ -146,7 +146,7 @@ def test_later_downloads_must_have_the_first_hash(category, server, tmp_path):
     shutil.copy(GOLDEN / "nvidia_A.pkl", server.folder / NAME)
     with pytest.raises(UserError) as caught:
         fetch(category, tmp_path / "cache")
-    assert "is not the file that it was" in caught.value.details[-1]
+    assert "has changed (expected sha256" in caught.value.details[-1]
     assert not (downloads / NAME).exists()
     assert not list(downloads.glob("*.part"))
 
@@ -157,7 +157,7 @@ def test_the_first_download_must_have_the_stated_hash(category, server, tmp_path
     monkeypatch.setattr(registry, "CATEGORY_FILES", {category: (wrong, edit)})
     with pytest.raises(UserError) as caught:
         fetch(category, tmp_path / "cache")
-    assert "its sha256 should be 000" in caught.value.details[-1]
+    assert "expected sha256 000" in caught.value.details[-1]
 
 
 def test_a_page_instead_of_the_file_and_a_missing_one(category, server, tmp_path):
@@ -246,7 +246,7 @@ def test_a_file_as_distributed_is_converted_once(tmp_path):
 
 
 def test_a_converted_network_is_found_by_samjax_alone(category, tmp_path):
-    with pytest.raises(UserError, match="the generator of the category tests is not there: fetch it with"):
+    with pytest.raises(UserError, match="the generator of the category tests has not been downloaded: fetch it with"):
         registry.find_converted(category, "generator", tmp_path / "cache")
     found, _ = fetch(category, tmp_path / "cache")
     assert registry.find_converted(category, "generator", tmp_path / "cache") == found["generator"]

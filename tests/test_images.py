@@ -645,7 +645,7 @@ def test_a_photograph_is_not_a_segment_file(tmp_path: Path, kind: str):
         path = save(Image.fromarray(np.repeat(np.repeat(colors, 8, 0), 8, 1)), tmp_path / "a.jpg", quality=60)
     else:
         save(Image.fromarray(noise), path)
-    with pytest.raises(UserError, match=r"looks like a photograph.*one flat color for each segment, at most 256"):
+    with pytest.raises(UserError, match=r"does not look like labels.*one flat color for each segment, at most 256"):
         images.read_segments(path, 64, 64, (64, 64))
 
 

@@ -234,13 +234,13 @@ def test_conversion_lists_all_faults(case, shapes, parts):
 
 IMPOSSIBLE: dict[Case, list[tuple[str, tuple[int, ...] | None, str]]] = {
     ADE20K: [
-        ("encoder.conv1.weight", (4,), r"encoder\.conv1\.weight is no convolution"),
+        ("encoder.conv1.weight", (4,), r"encoder\.conv1\.weight is not a convolution"),
         ("encoder.conv1.weight", (1025, 0, 3, 3), "features must be"),
         ("decoder.conv_last.4.weight", (0, 4, 1, 1), "num_classes must be"),
         ("encoder.layer3.0.conv1.weight", None, "blocks must be"),
     ],
     BISENET: [
-        ("cp.resnet.conv1.weight", (4,), r"cp\.resnet\.conv1\.weight is no convolution"),
+        ("cp.resnet.conv1.weight", (4,), r"cp\.resnet\.conv1\.weight is not a convolution"),
         ("cp.resnet.conv1.weight", (1025, 0, 7, 7), "features must be"),
         ("conv_out.conv_out.weight", (0, 16, 1, 1), "num_classes must be"),
     ],

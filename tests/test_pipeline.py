@@ -304,7 +304,7 @@ def test_a_directory_keeps_what_is_done(network, image, labels, tmp_path):
         ({"image": np.zeros((80, 100, 3), np.int64)}, "uint8"),
         ({"image": Path("missing.png")}, "missing.png"),
         ({"segments": np.zeros((30, 30), np.int32)}, "segments of 30 x 30 pixels do not fit the image"),
-        ({"segments": np.zeros((64, 64))}, "segments are integers"),
+        ({"segments": np.zeros((64, 64))}, "segments must be integers"),
         ({"maps": np.zeros((4, 64, 64))}, r"maps must be numbers \[3, 64, 64\], not float64 \[4, 64, 64\]"),
         ({"maps": np.full((3, 64, 64), np.inf)}, "maps hold values that are not finite"),
         ({"ws": np.zeros((1, 10, 8))}, r"ws must be numbers \[10, 8\]"),
@@ -321,10 +321,10 @@ def test_wrong_images_segments_and_arrays_are_refused(sam, image, labels, maps, 
     ("arguments", "message"),
     [
         ({"threshold": float("nan")}, "the threshold must be a finite number"),
-        ({"layers": {0: "F8"}}, "unknown latent layer 'F8': there are W\\+, F4, F6"),
+        ({"layers": {0: "F8"}}, "unknown latent layer 'F8': choose from W\\+, F4, F6"),
         ({"layers": {3: "F4"}}, "the image has no segment 3"),
         ({"num_opt_steps": 0}, "num_opt_steps must be at least 1"),
-        ({"segments": np.zeros((64, 64), int)}, "segments belong to an image"),
+        ({"segments": np.zeros((64, 64), int)}, "segments can be given with an image only"),
     ],
 )
 def test_wrong_choices_are_refused(sam, analysis, arguments, message):
