@@ -58,7 +58,7 @@ def forgotten_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """The folder of the reference cases and of the checkpoint files."""
+    """The directory of the reference cases and of the checkpoint files."""
     return GOLDEN
 
 

@@ -158,7 +158,7 @@ def write(category: str, folder: Path, stylegan3: Path | None = None, config: St
 
     Args:
       category: "cars", "faces" or "cats".
-      folder: where to write; it is created if missing.
+      folder: output directory; it is created if missing.
       stylegan3: a checkout of that repository; see above.
       config: of the generator; default: the category's, which some tests do not need.
     """

@@ -106,7 +106,7 @@ def test_any_number_of_targets_gets_its_maps(predictor, targets):
     np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5 * np.ptp(expected))
 
 
-def test_prediction_is_in_full_float32_unless_told_otherwise(predictor, monkeypatch):
+def test_prediction_is_in_full_float32_by_default(predictor, monkeypatch):
     asked = []
     monkeypatch.setattr(analysis, "_predict", lambda v, x, c, precision: asked.append(precision) or np.zeros(1))
     analysis.predict_maps(PREDICTOR, predictor, np.zeros((1, 8, 8, 3)))

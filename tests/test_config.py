@@ -86,7 +86,7 @@ def test_options_that_cannot_be_meant(options, message):
         resolve(options, StyleGAN2Config(256))
 
 
-def test_measuring_takes_at_most_501_steps_unless_told_otherwise():
+def test_measuring_takes_at_most_501_steps_by_default():
     assert resolve(OWN, TINY).measure_steps == 501
     assert resolve(dataclasses.replace(OWN, num_opt_steps=40), TINY).measure_steps == 40
     assert resolve(dataclasses.replace(OWN, invertibility_steps=7), TINY).measure_steps == 7

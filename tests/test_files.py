@@ -93,7 +93,7 @@ def test_a_link_stays_a_link(tmp_path: Path):
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError, SystemExit])
-def test_whatever_ends_the_writing_the_old_file_stays(tmp_path: Path, raised: type[BaseException]):
+def test_the_old_file_is_kept_if_writing_fails(tmp_path: Path, raised: type[BaseException]):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(raised), files.whole_file(path) as file:  # noqa: PT012
@@ -116,7 +116,7 @@ def test_whatever_ends_the_writing_the_old_file_stays(tmp_path: Path, raised: ty
     ],
 )
 @pytest.mark.parametrize("where", ["open", "fsync", "replace"])
-def test_what_the_system_refuses_is_one_clear_line(
+def test_an_error_of_the_system_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str, where: str
 ):
     path = tmp_path / "a.txt"

@@ -631,7 +631,7 @@ def test_a_rotated_segment_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["color", "gray", "float", "wide", "jpeg"])
-def test_a_photograph_is_not_a_segment_file(tmp_path: Path, kind: str):
+def test_a_photo_is_not_a_segment_file(tmp_path: Path, kind: str):
     noise = RNG.integers(0, 256, (64, 64, 3), np.uint8)
     path = tmp_path / "a.png"
     if kind == "gray":

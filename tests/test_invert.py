@@ -166,7 +166,7 @@ def test_with_encoder_and_predictor_nothing_is_inverted_twice(inputs, learned, t
         invert.main(_arguments(inputs, tmp_path))
 
 
-def test_networks_that_do_not_belong_together_are_told(inputs, learned, tmp_path):
+def test_networks_that_do_not_belong_together_are_an_error(inputs, learned, tmp_path):
     for changes, message in (
         ({"inv_model_path": learned / "e4e"}, r"holds another network \(e4e encoder\)"),
         ({"e4e_path": learned / "predictor"}, r"holds another network \(invertibility predictor\)"),

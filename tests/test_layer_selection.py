@@ -128,7 +128,7 @@ def test_pictures_with_as_many_segments_at_most_share_a_program():
     assert layer_selection._assign._cache_size() == 1
 
 
-def test_letterboxed_masks_are_empty_outside_the_picture():
+def test_letterboxed_masks_are_empty_outside_the_image():
     wide = np.zeros((192, 256), int)  # all of it F4's
     layers = (LAYERS[1],)
     mask = layer_selection.soft_masks(wide, layers)["F4"][..., 0]

@@ -108,7 +108,7 @@ def test_a_batch_is_each_image_alone(sam, analysis, result, image, labels, maps)
     assert sam.invert_batch([]) == []
 
 
-def test_progress_is_told_and_nothing_is_drawn_without_a_terminal(sam, analysis, capsys):
+def test_progress_is_reported_and_nothing_is_drawn_without_a_terminal(sam, analysis, capsys):
     seen: list[Progress] = []
     sam.invert(analysis, threshold=0.6, on_progress=seen.append)
     assert [one.step for one in seen] == [1, 2, 3]
@@ -243,7 +243,7 @@ def saved(result, tmp_path):
         ({"category": 3}, "is damaged"),
     ],
 )
-def test_saved_notes_of_something_else_are_told(sam, saved, change, message):
+def test_saved_notes_of_something_else_are_an_error(sam, saved, change, message):
     path = saved / "inversion.json"
     files.write_json(path, {**json.loads(path.read_text()), **change})
     with pytest.raises(UserError, match=message):
@@ -261,7 +261,7 @@ def test_saved_notes_of_something_else_are_told(sam, saved, change, message):
         ({"source": np.zeros((8, 8, 3))}, "source"),
     ],
 )
-def test_saved_arrays_of_something_else_are_told(sam, saved, change, message):
+def test_saved_arrays_of_something_else_are_an_error(sam, saved, change, message):
     arrays = {**files.read_npz(saved / "inversion.npz"), **change}
     files.write_npz(saved / "inversion.npz", {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(UserError, match=message):
@@ -357,14 +357,14 @@ def test_segments_of_the_images_own_size_are_brought_to_the_targets(sam, image, 
     assert sam.analyze(image, maps=maps).segments_from == "felzenszwalb"
 
 
-def test_an_analysis_of_another_pipeline_is_told(sam, network, image, labels):
+def test_an_analysis_of_another_pipeline_is_an_error(sam, network, image, labels):
     fewer = Pipeline(network, options=dataclasses.replace(QUICK, latent_names="W+,F4"))
     known = fewer.analyze(image, segments=labels, maps=np.zeros((2, 64, 64)))
     with pytest.raises(UserError, match="the analysis is of the layers W\\+, F4"):
         sam.invert(known)
 
 
-def test_networks_that_do_not_belong_together_are_told(network):
+def test_networks_that_do_not_belong_together_are_an_error(network):
     eight = StyleGAN2Config(32, z_dim=8, w_dim=8, mapping_layers=2, channel_base=256, channel_max=8)
     with pytest.raises(UserError, match="gives 8 styles of 8, the generator takes 10 of 8"):
         Pipeline(network, encoder=tiny_encoder(eight))

@@ -41,7 +41,7 @@ def test_options_reach_the_method():
     assert segment(picture(), "slic", n_segments=4).max() < segment(picture(), "slic", n_segments=60).max()
 
 
-def test_unknown_method_and_wrong_image_are_told():
+def test_unknown_method_and_wrong_image_are_an_error():
     with pytest.raises(UserError, match="felzenszwalb or slic"):
         segment(picture(), "watershed")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="H, W, 3"):
