@@ -30,7 +30,7 @@ LONG = (
     "test_inversion", "test_notebooks", "test_train_encoder", "test_training", "test_wheel", "test_invert",
     "test_lpips", "test_train_invertibility", "test_pipeline", "test_mask_rcnn", "test_analysis", "test_stylegan2",
     "test_compare_pytorch", "test_invert_folder", "test_evaluate", "test_e4e", "test_session", "test_demo",
-    "test_convolution", "test_deeplab",
+    "test_convolution", "test_networks", "test_deeplab",
 )  # fmt: skip
 """The files that take longest, longest first: whichever worker is free gets the next, and none is left alone at the
 end with one of these."""
