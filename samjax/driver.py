@@ -92,7 +92,7 @@ OnProgress = Callable[[Progress], None]
 
 def _placement(devices: Sequence[Any] | None, batch_size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     """Two functions that put arrays on `devices`: one divides the items of a batch, the other copies all to each."""
-    if devices is None:
+    if devices is None or list(devices) == jax.devices()[:1]:  # a mesh of one would compile every program again
         return lambda tree: tree, lambda tree: tree
     if batch_size % len(devices):
         raise ValueError(f"a batch of {batch_size} is not divisible by {len(devices)} devices")
