@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_convert import tables
-from ckpt_convert.formats.arrays import Stored
 from samjax.errors import UserError
+from samjax.io.arrays import Stored
 from samjax.nets.bisenet import BiSeNetConfig
 
 _FIRST, _LAST = "cp.resnet.conv1.weight", "conv_out.conv_out.weight"

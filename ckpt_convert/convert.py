@@ -15,10 +15,11 @@ import numpy as np
 
 from ckpt_convert import ade20k, bisenet, deeplab, e4e, mask_rcnn, tables
 from ckpt_convert import stylegan2 as stylegan2_tables
-from ckpt_convert.formats import arrays, nvidia, rosinality, safetensors, tensorflow, torch_file
-from ckpt_convert.formats.arrays import Checkpoint, Loaded, Stored, View
+from ckpt_convert.formats import nvidia, rosinality, safetensors, tensorflow
+from ckpt_convert.formats.checkpoint import Checkpoint
 from samjax.errors import UserError
-from samjax.io import checkpoints, pickles
+from samjax.io import arrays, checkpoints, pickles, torch_files
+from samjax.io.arrays import Loaded, Stored, View
 from samjax.io.checkpoints import LoadedNetwork
 from samjax.nets import stylegan2
 from samjax.nets.deeplab import PredictorConfig
@@ -90,8 +91,8 @@ def unpack(path: Path, data: memoryview) -> Unpacked:
     Raises:
       UserError: if the format is unknown, the file is damaged, or it names something outside of the allow list.
     """
-    if data[:2] == b"PK" or data[: len(torch_file.LEGACY_START)] == torch_file.LEGACY_START:
-        return Unpacked("torch", torch_file.read(data))
+    if data[:2] == b"PK" or data[: len(torch_files.LEGACY_START)] == torch_files.LEGACY_START:
+        return Unpacked("torch", torch_files.read(data))
     if safetensors.looks_like(data):
         return Unpacked("safetensors", safetensors.read(path))
     for start, what in _OTHERS.items():
@@ -313,7 +314,7 @@ def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
 
 def _export_predictor(folder: str | Path, path: str | Path) -> list[str]:
     config, params, _ = checkpoints.load_network(folder, "invertibility")
-    torch_file.write(path, deeplab.to_theirs(checkpoints.flatten(params)))
+    torch_files.write(path, deeplab.to_theirs(checkpoints.flatten(params)))
     if config != dataclasses.replace(PredictorConfig(), latent_names=config.latent_names):
         return ["the authors' program loads predictors of its own size only (a ResNet-101); this one has another"]
     return []

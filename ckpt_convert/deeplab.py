@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert import tables
-from ckpt_convert.formats.arrays import Stored
 from ckpt_convert.tables import RESNET, Layout, Network, Row, torch_rows
 from samjax.errors import UserError
+from samjax.io.arrays import Stored
 from samjax.latents import LATENT_NAMES
 from samjax.nets.deeplab import PredictorConfig
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.formats import torch_file
-from ckpt_convert.formats.torch_file import Tensor
 from samjax.errors import UserError
-from samjax.io import directions
+from samjax.io import directions, torch_files
+from samjax.io.torch_files import Tensor
 
 SUFFIXES = (*directions.SUFFIXES, ".pt")
 # Names of components and standard deviations: in e4e's files, and in those that GANSpace itself writes.
@@ -92,7 +91,7 @@ def _components(
 
 def _torch(path: Path) -> np.ndarray | dict[str, Any]:
     try:
-        held = torch_file.read(memoryview(path.read_bytes()))
+        held = torch_files.read(memoryview(path.read_bytes()))
         if isinstance(held, Tensor):
             return held.array()
         if isinstance(held, dict):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert import tables
-from ckpt_convert.formats.arrays import Loaded, PickledArray, Stored
-from ckpt_convert.formats.torch_file import Tensor
 from ckpt_convert.tables import SAME, Network, Row, torch_rows
 from samjax.errors import UserError
+from samjax.io.arrays import Loaded, PickledArray, Stored
+from samjax.io.torch_files import Tensor
 from samjax.nets.e4e import E4EConfig
 
 _PREFIX = "encoder."

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert import tables
-from ckpt_convert.formats.arrays import Stored
 from ckpt_convert.tables import Layout, Row, torch_rows
 from samjax.errors import UserError
+from samjax.io.arrays import Stored
 from samjax.nets import mask_rcnn
 from samjax.nets.mask_rcnn import MaskRCNNConfig
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ckpt_convert import tables
-from ckpt_convert.formats.arrays import Stored
 from ckpt_convert.tables import CONV, DENSE, SAME, Layout, Row
 from samjax.errors import UserError
 from samjax.io import checkpoints
+from samjax.io.arrays import Stored
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 FIRST_CONV = Layout(lambda a: CONV.ours(a[0]), lambda a: CONV.theirs(a)[None])  # with a leading batch axis

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckpt_convert.formats.arrays import BFLOAT16, PickledArray, Stored
-from ckpt_convert.formats.torch_file import Tensor
 from samjax.errors import UserError
 from samjax.io import checkpoints
+from samjax.io.arrays import BFLOAT16, PickledArray, Stored
+from samjax.io.torch_files import Tensor
 
 
 class Layout(NamedTuple):

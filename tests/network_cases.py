@@ -21,9 +21,9 @@ import ckpt_convert.deeplab
 import ckpt_convert.e4e
 import ckpt_convert.mask_rcnn
 from ckpt_convert import tables
-from ckpt_convert.formats.arrays import PickledArray, PickledDtype, Stored
-from ckpt_convert.formats.torch_file import Storage, Tensor
 from samjax.io import checkpoints
+from samjax.io.arrays import PickledArray, PickledDtype, Stored
+from samjax.io.torch_files import Storage, Tensor
 from samjax.latents import LATENT_NAMES
 from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn
 

@@ -30,10 +30,9 @@ from safetensors.torch import load_file
 import ckpt_convert
 from ckpt_convert import __main__ as program
 from ckpt_convert import convert
-from ckpt_convert.formats import arrays, torch_file
 from samjax import demo
 from samjax.errors import UserError
-from samjax.io import checkpoints, pickles
+from samjax.io import arrays, checkpoints, pickles, torch_files
 from samjax.nets import stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
 
@@ -343,7 +342,7 @@ def test_torch_files_read_as_torch_wrote_them(legacy, tmp_path):
         },
     }
     path = ckpt_files.dump_torch(tmp_path / "t.pt", {"inner": [held, (1, "a", None, 2.5, b"b")]}, legacy=legacy)
-    found, plain = torch_file.read(arrays.map_file(path))["inner"]
+    found, plain = torch_files.read(arrays.map_file(path))["inner"]
     assert plain == (1, "a", None, 2.5, b"b")
     for name, tensor in held.items():
         array = found[name].array()
@@ -364,8 +363,8 @@ def test_torch_files_read_as_torch_wrote_them(legacy, tmp_path):
     ],
 )
 def test_tensors_beyond_their_storage_are_refused(shape, strides, offset):
-    storage = torch_file.Storage(np.dtype("<f4"), 16, lambda: memoryview(bytes(64)))
-    rebuild = torch_file.names()["torch._utils", "_rebuild_tensor_v2"]
+    storage = torch_files.Storage(np.dtype("<f4"), 16, lambda: memoryview(bytes(64)))
+    rebuild = torch_files.names()["torch._utils", "_rebuild_tensor_v2"]
     with pytest.raises(UserError, match=r"beyond its storage|damaged"):
         rebuild(storage, offset, shape, strides, False, {}).array()
 

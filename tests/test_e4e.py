@@ -15,10 +15,10 @@ from golden_weights import load_fill
 from network_cases import E4E, TOLERANCE, error, random_images, tensor
 
 from ckpt_convert import e4e as table
-from ckpt_convert.formats.arrays import Loaded, Opaque
-from ckpt_convert.formats.torch_file import Tensor
 from samjax.errors import UserError
 from samjax.io import checkpoints
+from samjax.io.arrays import Loaded, Opaque
+from samjax.io.torch_files import Tensor
 from samjax.nets import e4e
 from samjax.nets.e4e import E4EConfig
 

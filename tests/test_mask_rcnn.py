@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from network_cases import MASK_RCNN, pickled
 
-from ckpt_convert.formats import arrays
-from ckpt_convert.formats.arrays import PickledArray
 from samjax import segmentation
 from samjax.errors import UserError
-from samjax.io import checkpoints, pickles
+from samjax.io import arrays, checkpoints, pickles
+from samjax.io.arrays import PickledArray
 from samjax.nets import mask_rcnn
 from samjax.nets.mask_rcnn import Detections
 

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.formats import torch_file
-from ckpt_convert.formats.arrays import Checkpoint, Stored
+from ckpt_convert.formats.checkpoint import Checkpoint
 from samjax.errors import UserError
+from samjax.io import torch_files
+from samjax.io.arrays import Stored
 
 _MAX_MODULES = 10_000  # a generator has about a hundred
 
@@ -43,9 +44,9 @@ class Module:
 def names() -> dict[tuple[str, str], Any]:
     """Stand-ins for the names in these pickles."""
     return {
-        **torch_file.names(),
+        **torch_files.names(),
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): Module,
-        ("torch.storage", "_load_from_bytes"): torch_file.storage_from_bytes,
+        ("torch.storage", "_load_from_bytes"): torch_files.storage_from_bytes,
     }
 
 
@@ -93,7 +94,7 @@ def checkpoint(found: Any) -> Checkpoint:
             for key, value in values.items():
                 if value is None:
                     continue
-                if not isinstance(value, torch_file.Tensor):
+                if not isinstance(value, torch_files.Tensor):
                     raise UserError(f"{name}{key} in the pickle is not a tensor: damaged?")
                 arrays[f"{name}{key}"] = value
     return Checkpoint(what, "nvidia", arrays, _settings(found, synthesis, mapping))

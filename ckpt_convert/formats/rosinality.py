@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.formats.arrays import Checkpoint, Stored
-from ckpt_convert.formats.torch_file import Tensor
+from ckpt_convert.formats.checkpoint import Checkpoint
 from samjax.errors import UserError
+from samjax.io.arrays import Stored
+from samjax.io.torch_files import Tensor
 
 
 def checkpoint(found: Any) -> Checkpoint:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.formats import arrays
-from ckpt_convert.formats.arrays import Checkpoint, Loaded, PickledArray, Stored
+from ckpt_convert.formats.checkpoint import Checkpoint
 from ckpt_convert.formats.nvidia import require
 from samjax.errors import UserError
+from samjax.io import arrays
+from samjax.io.arrays import Loaded, PickledArray, Stored
 
 _MAX_NETWORKS = 100  # nested in each other; a generator has two
 _FIELDS = {  # arguments of the program to fields of StyleGAN2Config

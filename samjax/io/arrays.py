@@ -1,13 +1,12 @@
-"""Shared by all formats: memory-mapped files, arrays that are read on demand, and stand-ins for pickled objects."""
+"""Memory-mapped files, arrays that are read on demand, and stand-ins for the objects in pickles."""
 
 from __future__ import annotations
 
 import math
 import mmap
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -90,24 +89,6 @@ class Loaded:
 
     def array(self) -> np.ndarray:
         return self._values
-
-
-class Checkpoint(NamedTuple):
-    """A generator in a file.
-
-    Attributes:
-      format: description of the file.
-      naming: the program whose names `arrays` have, a key of `ckpt_convert.stylegan2.NAMINGS`.
-      arrays: by the file's own names.
-      settings: fields of `StyleGAN2Config` that the file states.
-      notes: for users of the converted generator.
-    """
-
-    format: str
-    naming: str
-    arrays: Mapping[str, Stored]
-    settings: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
 
 
 def sizes(values: Any, what: str) -> tuple[int, ...]:

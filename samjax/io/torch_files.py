@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.formats import arrays
-from ckpt_convert.formats.arrays import View, sizes
 from samjax.errors import UserError
-from samjax.io import files, pickles
+from samjax.io import arrays, files, pickles
+from samjax.io.arrays import View, sizes
 
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The first bytes of legacy files: the pickle of their magic number."""
