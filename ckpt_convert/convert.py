@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,11 +16,11 @@ import numpy as np
 
 from ckpt_convert import ade20k, bisenet, deeplab, e4e, mask_rcnn, tables
 from ckpt_convert import stylegan2 as stylegan2_tables
-from ckpt_convert.formats import nvidia, rosinality, safetensors, tensorflow
+from ckpt_convert.formats import nvidia, safetensors, search, tensorflow
 from ckpt_convert.formats.checkpoint import Checkpoint
 from samjax.errors import UserError
 from samjax.io import arrays, checkpoints, pickles, torch_files
-from samjax.io.arrays import Loaded, Stored, View
+from samjax.io.arrays import Stored, View
 from samjax.io.checkpoints import LoadedNetwork
 from samjax.nets import stylegan2
 from samjax.nets.deeplab import PredictorConfig
@@ -44,6 +45,7 @@ _LICENCES = {
     ),
     "samjax": "that of the original generator",
 }
+_MAX_REPEATED = 16 * 2**20  # bytes by which a network may exceed its file
 _OTHERS = {  # the first bytes of other formats
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -72,10 +74,17 @@ class Converted(NamedTuple):
 
 
 class Unpacked(NamedTuple):
-    """The contents of a file as plain Python objects; arrays are read on demand."""
+    """The contents of a file as plain Python objects; arrays are read on demand.
+
+    Attributes:
+      kind: of the file.
+      held: its contents.
+      unknown: names of classes in it that are not read.
+    """
 
     kind: Literal["torch", "safetensors", "pickle"]
     held: Any
+    unknown: Sequence[str] = ()
 
 
 # --- reading ---
@@ -114,30 +123,19 @@ def generator(file: Unpacked) -> Checkpoint:
     Raises:
       UserError: if there is none, or it is of a kind that samjax does not support.
     """
-    if file.kind == "torch":
-        return rosinality.checkpoint(file.held)
     if file.kind == "safetensors":
         return _safetensors(*file.held)
-    if isinstance(file.held, dict) and "G_ema" not in file.held and "G" not in file.held:
-        keys = ", ".join(str(key)[:40] for key in list(file.held)[:5])
-        raise UserError(f"the pickle holds no G_ema (it has {keys or 'nothing'}): not a checkpoint of a generator")
-    if isinstance(file.held, dict | nvidia.Module):
-        return nvidia.checkpoint(file.held)
-    return tensorflow.checkpoint(file.held)
+    return search.find(file.held, file.unknown)
 
 
 def _safetensors(held: Mapping[str, Stored], metadata: Mapping[str, str]) -> Checkpoint:
-    # Files that other programs wrote may still use known names.
-    known = (key for key, table in stylegan2_tables.NAMINGS.items() if table.find("synthesis/b4/const")[0] in held)
-    naming = metadata.get("names") or next(known, "")
-    if naming not in stylegan2_tables.NAMINGS:
-        first = ", ".join(list(held)[:4])[:200]
-        raise UserError(f"no StyleGAN2 generator in the file (it has {first or 'nothing'} …)")
+    naming = metadata.get("names", "")
+    if naming not in stylegan2_tables.NAMINGS:  # another program's
+        return search.find(held)
     settings = checkpoints.parse_metadata(metadata.get("config"), "the file") or {}
     if settings:
         settings = checkpoints.config_to_dict(checkpoints.config_from_dict(settings, "the file"))
-    stored: dict[str, Stored] = {**held}
-    return Checkpoint(f"safetensors with the names of {naming}", naming, stored, settings)
+    return Checkpoint(f"safetensors with the names of {naming}", naming, dict(held), settings)
 
 
 def read(sources: Sources, network: str | None = None) -> Converted:
@@ -160,8 +158,9 @@ def read(sources: Sources, network: str | None = None) -> Converted:
     mapped = [arrays.map_file(path) for path in paths]
     try:
         files = [unpack(path, data) for path, data in zip(paths, mapped, strict=True)]
-        found = _recognition(files, [path.name for path in paths], network)
-        config, params, notes, what, licence = found or _generator(files)
+        size = sum(len(data) for data in mapped)
+        found = _recognition(files, [path.name for path in paths], network, size)
+        config, params, notes, what, licence = found or _generator(files, size)
         for name, values in params.items():
             # One array at a time, releasing the mapped pages, so that there are never two copies of all arrays.
             params[name] = np.array(values, order="C")
@@ -194,7 +193,7 @@ def _names(paths: Sequence[Path], of: Callable[[Path], str]) -> str:
     return " + ".join(of(path) for path in paths)
 
 
-def _recognition(files: Sequence[Unpacked], names: Sequence[str], network: str | None) -> _Found | None:
+def _recognition(files: Sequence[Unpacked], names: Sequence[str], network: str | None, size: int) -> _Found | None:
     """Finds the recognition network in `files`; None if the generator is wanted instead."""
     held = [file.held for file in files]
     if (whole := deeplab.of_epoch(dict(zip(names, held, strict=True)))) is not None:
@@ -205,7 +204,7 @@ def _recognition(files: Sequence[Unpacked], names: Sequence[str], network: str |
         stored = table.find(held)
         if stored is not None:
             config, what = table.config(stored), checkpoints.NETWORKS[table.name].what
-            shapes = checkpoints.parameter_shapes(config)
+            shapes = _shapes(config, size)
             params = tables.to_ours(table.rows, stored, shapes, what, ignored=table.ignored)
             return _Found(config, params, [], table.format, table.licence)
     if network in (None, "generator"):
@@ -221,35 +220,54 @@ class _Found(NamedTuple):
     licence: str
 
 
-def _generator(files: Sequence[Unpacked]) -> _Found:
+def _shapes(config: Any, size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's parameters, if a file of `size` bytes can hold them.
+
+    Arrays may repeat their elements, as the mean style does, so that a small file could describe an enormous network.
+    """
+    shapes = checkpoints.parameter_shapes(config)
+    count = sum(map(math.prod, shapes.values()))
+    if 2 * count > size + _MAX_REPEATED:
+        raise UserError(f"the file describes a network of {count:,} parameters, far more than its {size:,} bytes hold")
+    return shapes
+
+
+def _generator(files: Sequence[Unpacked], size: int) -> _Found:
     if len(files) > 1:
         raise UserError("files that do not belong together: a generator is one file")
     found = generator(files[0])
-    naming, held, notes = stylegan2_tables.NAMINGS[found.naming], dict(found.arrays), list(found.notes)
-    if found.format.startswith("decoder"):
+    naming, notes = stylegan2_tables.NAMINGS[found.naming], list(found.notes)
+    if "decoder of" in found.format:
         notes.append("the file holds an encoder too: --network e4e converts it, where it is e4e's")
-    estimate = found.naming == "rosinality" and "latent_avg" not in held
-    if estimate and "style.1.bias" in held:
-        # Checkpoints of rosinality's training program lack it; its other programs estimate it in the same way.
-        held["latent_avg"] = Loaded(np.zeros(held["style.1.bias"].shape, np.float32))
-        notes.append("the file has no latent_avg: w_avg is the mean of 16,384 mapped samples")
-    config = stylegan2_tables.infer_config(naming, held, found.settings)
+    config = stylegan2_tables.infer_config(naming, found.arrays, found.settings)
+    _shapes(config, size)
+    held, assumed = stylegan2_tables.complete(naming, found.arrays, config)
     params = stylegan2_tables.to_ours(naming, held, config)
-    if estimate:
-        del params["mapping/w_avg"]
-    return _Found(config, params, notes, found.format, _LICENCES[found.naming])
+    if stylegan2_tables.lacks(naming, found.arrays, "mapping/w_avg"):
+        del params["mapping/w_avg"]  # estimated from the other parameters
+    if not found.settings:
+        assumed += stylegan2_tables.unstated(found.naming, params)
+    return _Found(config, params, [*notes, *assumed], found.format, _LICENCES.get(found.naming, _LICENCES["samjax"]))
 
 
-def _mean_style(config: StyleGAN2Config, params: Mapping[str, np.ndarray]) -> np.ndarray:
+def _mean_style(config: StyleGAN2Config, params: Mapping[str, np.ndarray], samples: int = 16384) -> np.ndarray:
     mapping = {name: jnp.asarray(a, jnp.float32) for name, a in params.items() if name.startswith("mapping/")}
+    nested = checkpoints.unflatten(mapping)
+    width = max(config.z_dim, config.w_dim, config.mapping_dim or 0, config.embed_dim or 0, config.c_dim)
+    batch_size = max(1, min(samples, 2**24 // width))
 
     @jax.jit
-    def mean(mapping: stylegan2.Params) -> jax.Array:
-        z = jax.random.normal(jax.random.key(0), (16384, config.z_dim))
-        return stylegan2.map_z(config, mapping, z)[:, 0].mean(0)
+    def total(nested: stylegan2.Params, z: jax.Array, labels: jax.Array | None) -> jax.Array:
+        return stylegan2.map_z(config, nested, z, labels)[:, 0].sum(0)
 
+    z = np.asarray(jax.random.normal(jax.random.key(0), (samples, config.z_dim)))
+    parts = []
     with jax.default_matmul_precision("highest"):
-        return np.asarray(mean(checkpoints.unflatten(mapping)))
+        for first in range(0, samples, batch_size):
+            index = np.arange(first, min(first + batch_size, samples))
+            labels = jax.nn.one_hot(index % config.c_dim, config.c_dim) if config.c_dim else None  # all classes alike
+            parts.append(np.asarray(total(nested, z[index], labels)))
+    return (np.sum(parts, axis=0) / samples).astype(np.float32)
 
 
 def _sha256(path: Path) -> str:
@@ -331,13 +349,16 @@ def _export_generator(folder: str | Path, path: str | Path, names: Names) -> lis
     }
     checkpoints.write_safetensors(path, held, metadata)
     notes = []
-    if names == "rosinality":
-        if config.conv_clamp is not None:
-            notes.append(
-                f"rosinality's network has no conv_clamp; where values exceed {config.conv_clamp:g}, images differ"
-            )
-        if config.z_dim != config.w_dim or any(config.channels(r) != 512 for r in config.block_resolutions if r <= 32):
-            notes.append(
-                "this generator's widths are not rosinality's: give its Generator the same channels and style_dim"
-            )
+    if names == "rosinality" and config.conv_clamp is not None:
+        notes.append(
+            f"rosinality's network has no conv_clamp; where values exceed {config.conv_clamp:g}, images differ"
+        )
+    usual = config.z_dim == config.w_dim and config.mapping_dim is None
+    if names == "rosinality" and (not usual or any(config.channels(r) != 512 for r in config.block_resolutions[:4])):
+        notes.append("this generator's widths are not rosinality's: give its Generator the same channels and style_dim")
+    if config.mapping_lr_multiplier != 0.01:
+        argument = "lr_mlp" if names == "rosinality" else "mapping_kwargs.lr_multiplier"
+        notes.append(f"give the other program's Generator {argument} = {config.mapping_lr_multiplier:g}")
+    if not config.use_noise:
+        notes.append("the generator has no noise: construct the other program's without, or with strengths of zero")
     return notes

@@ -18,7 +18,7 @@ from ckpt_convert import tables
 from ckpt_convert.tables import CONV, DENSE, SAME, Layout, Row
 from samjax.errors import UserError
 from samjax.io import checkpoints
-from samjax.io.arrays import Stored
+from samjax.io.arrays import Loaded, Stored
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 FIRST_CONV = Layout(lambda a: CONV.ours(a[0]), lambda a: CONV.theirs(a)[None])  # with a leading batch axis
@@ -40,11 +40,13 @@ class Naming:
       filters: name to sum of the resampling filters [4, 4] that a file for a config holds. They are constants of the
         architecture, so they are checked and not converted.
       ignored: pattern of names that inference does not use.
+      marker: a name that every generator of the program has, and nothing else; "" if its files are found otherwise.
     """
 
     rows: tuple[Row, ...]
     filters: Callable[[StyleGAN2Config], dict[str, float]] = lambda _: {}
     ignored: str = ""
+    marker: str = ""
 
     def find(self, path: str) -> tuple[str, Layout]:
         """Name and layout in the other program of samjax's parameter `path`; see `tables.find`."""
@@ -73,9 +75,10 @@ NVIDIA = Naming(
         Row(r"(.*/affine/weight)", _same_name, DENSE),
         Row(r"(synthesis/b4/const)", _same_name, CONST),
         Row(r"(synthesis/b\d+/\w+/weight)", _same_name, CONV),
-        Row(r"(.*)", _same_name, SAME),
+        Row(r"((?!mapping/label_matrix).*)", _same_name, SAME),
     ),
     filters=_nvidia_filters,
+    marker="synthesis.b4.const",
 )
 
 
@@ -88,6 +91,7 @@ TENSORFLOW = Naming(
     rows=(
         Row(r"mapping/w_avg", lambda: "dlatent_avg", SAME),
         Row(r"mapping/embed/(\w+)", lambda part: f"mapping/LabelEmbed/{part}", SAME),
+        Row(r"mapping/label_matrix", lambda: "mapping/LabelConcat/weight", SAME),
         Row(r"mapping/fc(\d+)/(\w+)", lambda i, part: f"mapping/Dense{i}/{part}", SAME),
         Row(r"synthesis/b4/const", lambda: "synthesis/4x4/Const/const", FIRST_CONST),
         Row(r"synthesis/b(\d+)/conv0/noise_const", lambda r: f"synthesis/noise{2 * _level(r) - 1}", MAP),
@@ -137,9 +141,10 @@ ROSINALITY = Naming(
         Row(r"synthesis/b(\d+)/(\w+)/bias", lambda r, k: f"{_rosinality_layer(r, k)}.activate.bias", SAME),
     ),
     filters=_rosinality_filters,
+    marker="to_rgb1.conv.modulation.weight",
 )
 
-OWN = Naming(rows=(Row(r"(.*)", lambda path: path, SAME),))
+OWN = Naming(rows=(Row(r"(.*)", lambda path: path, SAME),), marker="synthesis/b4/const")
 
 NAMINGS: Mapping[str, Naming] = {
     "nvidia": NVIDIA,
@@ -195,8 +200,14 @@ def infer_config(naming: Naming, stored: Mapping[str, Stored], settings: Mapping
             raise UserError(f"no StyleGAN2 generator in the file ({path} is missing; it has {first or 'nothing'} …)")
         return found
 
+    height, width, _ = shape("synthesis/b4/const", 3)
+    if (height, width) != (4, 4):
+        raise UserError(
+            f"the generator makes images that are not square: it starts from {height} x {width} values;"
+            " samjax's start from 4 x 4"
+        )
     channels: dict[int, int] = {}
-    for level in range(2, 11):
+    for level in range(2, 13):
         if _our_shape(naming, stored, f"synthesis/b{2**level}/conv1/weight") is None:
             break
         channels[2**level] = shape(f"synthesis/b{2**level}/conv1/weight", 4)[-1]
@@ -204,15 +215,21 @@ def infer_config(naming: Naming, stored: Mapping[str, Stored], settings: Mapping
     while _our_shape(naming, stored, f"mapping/fc{layers}/weight") is not None:
         layers += 1
     w_dim = shape("synthesis/b4/conv1/affine/weight", 2)[0]
-    embed = _our_shape(naming, stored, "mapping/embed/weight")
-    c_dim = shape("mapping/embed/weight", 2)[0] if embed else 0
+    inputs, hidden = shape("mapping/fc0/weight", 2)
+    labels = ("mapping/embed/weight", "mapping/label_matrix")
+    label = next((path for path in labels if _our_shape(naming, stored, path) is not None), None)
+    c_dim, embed_dim = shape(label, 2) if label else (0, 0)
     values: dict[str, Any] = {
         "img_resolution": max(channels, default=0),
-        "z_dim": shape("mapping/fc0/weight", 2)[0] - (embed[1] if embed else 0),
+        "z_dim": inputs - embed_dim,
         "c_dim": c_dim,
         "w_dim": w_dim,
         "img_channels": shape("synthesis/b4/torgb/weight", 4)[-1],
         "mapping_layers": layers,
+        "mapping_dim": hidden if layers > 1 and hidden != w_dim else None,
+        "embed_dim": embed_dim if embed_dim not in (0, w_dim) else None,
+        "label_concat": label == "mapping/label_matrix",
+        "use_noise": _our_shape(naming, stored, "synthesis/b4/conv1/noise_strength") is not None,
         **settings,
     }
     values |= _channel_rule(channels, settings)
@@ -220,16 +237,98 @@ def infer_config(naming: Naming, stored: Mapping[str, Stored], settings: Mapping
 
 
 def _channel_rule(channels: Mapping[int, int], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`channel_base` and `channel_max`: as stated if they fit the file's channels, otherwise computed from these."""
+    """`channel_base` and `channel_max`: as stated if they fit the file's channels, otherwise computed from these.
+
+    With `block_channels`, if no such rule fits.
+    """
+
+    def fits(rule: Mapping[str, Any]) -> bool:
+        return all(isinstance(value, int) for value in rule.values()) and all(
+            min(rule["channel_base"] // r, rule["channel_max"]) == count for r, count in channels.items()
+        )
+
     widest = max(channels.values(), default=1)
     limited = {r: count for r, count in channels.items() if count < widest} or channels
     found = {"channel_base": max((r * count for r, count in limited.items()), default=1), "channel_max": widest}
     stated = {**found, **{name: settings[name] for name in found if name in settings}}
-    if all(isinstance(value, int) for value in stated.values()) and all(
-        min(stated["channel_base"] // r, stated["channel_max"]) == count for r, count in channels.items()
-    ):
+    if fits(stated):
         return stated
-    return found
+    return found if fits(found) else {**found, "block_channels": tuple(channels.values())}
+
+
+# --- what files leave out ---
+
+NOISE_SEED = 0
+"""Seed of the stored noise for files that have none."""
+
+
+def lacks(naming: Naming, stored: Mapping[str, Stored], path: str) -> bool:
+    """Whether a file lacks samjax's parameter `path`."""
+    return naming.find(path)[0] not in stored
+
+
+def complete(
+    naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Config
+) -> tuple[dict[str, Stored], list[str]]:
+    """Adds what a generator's file may lack.
+
+    Args:
+      naming: the table of the program that wrote the file.
+      stored: the file's arrays, by its own names.
+      config: of the generator.
+
+    Returns:
+      The arrays with stored noise drawn from `NOISE_SEED`, and zeros for the mean style, which the caller estimates;
+      and notes that say so.
+    """
+    held, notes, rng = dict(stored), [], np.random.default_rng(NOISE_SEED)
+    shapes = checkpoints.parameter_shapes(config)
+    noise = [path for path in shapes if path.endswith("/noise_const")]
+    if noise and all(lacks(naming, stored, path) for path in noise):  # if only some are missing, it is damaged
+        for path in noise:
+            name, layout = naming.find(path)
+            held[name] = Loaded(layout.theirs(rng.standard_normal(shapes[path], np.float32)))
+        notes.append(
+            f"the file has no stored noise: it was drawn with the seed {NOISE_SEED}; other programs draw their own"
+        )
+    if lacks(naming, stored, "mapping/w_avg"):
+        name, layout = naming.find("mapping/w_avg")
+        held[name] = Loaded(layout.theirs(np.zeros(shapes["mapping/w_avg"], np.float32)))
+        notes.append(f"the file has no {name}: w_avg is the mean of 16,384 mapped samples")
+    if not config.use_noise:
+        notes.append("the generator was trained without noise")
+        # Some programs store noise nevertheless.
+        with_noise = checkpoints.parameter_shapes(dataclasses.replace(config, use_noise=True))
+        for path in with_noise:
+            if path.endswith(("/noise_const", "/noise_strength")):
+                held.pop(naming.find(path)[0], None)
+    if naming.filters(config) and not naming.filters(config).keys() & stored.keys():
+        notes.append("the file has no resampling filters: StyleGAN2's own, [1, 3, 3, 1], are used")
+    return held, notes
+
+
+def unstated(naming: str, params: Mapping[str, np.ndarray]) -> list[str]:
+    """Notes on settings that a state dict does not state, and that change the images.
+
+    Args:
+      naming: the program whose names the file has, a key of `NAMINGS`.
+      params: the converted arrays, by samjax's flat names.
+    """
+    notes = []
+    if naming == "nvidia":
+        notes.append(
+            "a state dict does not state conv_clamp: none is used; NVIDIA's training since 2020 sets 256, which"
+            " matters for values beyond it only"
+        )
+    spread = float(np.std(params["mapping/fc0/weight"].astype(np.float32)))
+    # Weights are drawn with the standard deviation 1 / lr_multiplier, from which training moves them little.
+    if not 100 / 3 < spread < 300:
+        notes.append(
+            "a state dict does not state the learning rate multiplier of the mapping network: 0.01 is used, though"
+            f" weights with a standard deviation of {spread:.3g} suggest another; it changes the images of seeds, not"
+            " those of styles"
+        )
+    return notes
 
 
 # --- conversion ---
@@ -250,6 +349,8 @@ def to_ours(naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Confi
       UserError: if arrays are missing, unexpected or of another shape (all are listed), or hold invalid values.
     """
     filters = naming.filters(config)
+    if not filters.keys() & stored.keys():
+        filters = {}
     params = tables.to_ours(
         naming.rows,
         stored,
@@ -283,8 +384,6 @@ def to_theirs(naming: Naming, params: Mapping[str, Any], config: StyleGAN2Config
         try:
             name, layout = naming.find(path)
         except KeyError:
-            raise UserError(
-                f"the other program has no parameter for {path}; only NVIDIA's programs have labels"
-            ) from None
+            raise UserError(f"the other program has no parameter for {path}, which labels of this kind need") from None
         arrays[name] = layout.theirs(np.asarray(value, np.float32))
     return arrays | {name: resample_filter(total) for name, total in naming.filters(config).items()}

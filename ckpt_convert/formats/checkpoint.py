@@ -1,11 +1,19 @@
-"""`Checkpoint`, a generator as a format's reader returns it."""
+"""`Checkpoint`, a generator as a format's reader returns it, and what the readers take for a name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from samjax.io.arrays import Stored
+
+MAX_NAME = 200
+"""Longest name of an array or a part of a network. A file could refer to a longer one any number of times."""
+
+
+def is_name(value: Any) -> TypeGuard[str]:
+    """Whether `value` is text short enough to be a name."""
+    return isinstance(value, str) and len(value) <= MAX_NAME
 
 
 class Checkpoint(NamedTuple):

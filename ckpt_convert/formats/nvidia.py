@@ -1,8 +1,8 @@
-"""Network pickles of NVIDIA's PyTorch repositories (`stylegan2-ada-pytorch`, `stylegan3`).
+"""Networks of NVIDIA's PyTorch repositories (`stylegan2-ada-pytorch`, `stylegan3`) and of programs that build on them.
 
-A pickle is a dictionary of networks (`G`, `D`, `G_ema` and settings of the training), or a single generator. Networks
-are "persistent objects": besides their state they carry the source code of their classes, which NVIDIA's programs run
-on loading. Here only the state is used.
+A pickle is a dictionary of networks (`G`, `D`, `G_ema` and settings of the training), or a single generator; PTI saves
+its tuned generators with `torch.save`. Networks are "persistent objects": besides their state they carry the source
+code of their classes, which NVIDIA's programs run on loading. Here only the state is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckpt_convert.formats.checkpoint import Checkpoint
+from ckpt_convert.formats.checkpoint import MAX_NAME, Checkpoint, is_name
 from samjax.errors import UserError
 from samjax.io import torch_files
 from samjax.io.arrays import Stored
@@ -25,7 +25,8 @@ class Module:
     def __init__(self, meta: Any) -> None:
         if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
             raise ValueError("a persistent object without a state")
-        self.kind = str(meta.get("class_name", ""))
+        kind = meta.get("class_name")
+        self.kind: str = kind if is_name(kind) else ""
         self.state: dict[Any, Any] = meta["state"]
 
     def part(self, name: str) -> Mapping[Any, Any]:
@@ -59,45 +60,44 @@ def _walk(module: Module) -> Iterator[tuple[str, Module]]:
         name, module = waiting.pop()
         yield name, module
         for key, part in module.part("_modules").items():
-            if isinstance(part, Module):
-                waiting.append((f"{name}{key}."[:200], part))
+            if isinstance(part, Module) and is_name(key):
+                waiting.append((f"{name}{key}."[:MAX_NAME], part))
             elif part is not None:
-                raise UserError(f"{name}{key} in the pickle is not a network of NVIDIA's repositories")
+                raise UserError(f"a part of {name or 'the network'} is not a network of NVIDIA's repositories")
     raise UserError("the networks in the pickle are nested without end: damaged?")
 
 
-def checkpoint(found: Any) -> Checkpoint:
-    """Finds the generator in an unpickled file: `G_ema` of a dictionary, or the object itself.
+def is_generator(network: Module) -> bool:
+    """Whether a network has the two parts of a generator."""
+    parts = network.part("_modules")
+    return all(isinstance(parts.get(name), Module) for name in ("mapping", "synthesis"))
+
+
+def checkpoint(network: Module, place: str) -> Checkpoint:
+    """The arrays and settings of a generator.
+
+    Args:
+      network: with the two parts that `is_generator` checks.
+      place: where it is in the file, such as "G_ema"; "" for the file itself.
 
     Raises:
-      UserError: if there is none, or it is of a kind that samjax does not support.
+      UserError: if it is of a kind that samjax does not support.
     """
-    if isinstance(found, dict):
-        which = "G_ema" if found.get("G_ema") is not None else "G"
-        found = found.get(which)
-        if found is None:
-            raise UserError("the pickle holds no G_ema: not a generator of NVIDIA's repositories")
-        what = f"{which} of NVIDIA PyTorch pickle"
-    else:
-        what = "NVIDIA PyTorch pickle of one network"
-    if not isinstance(found, Module):
-        raise UserError("the pickle's G_ema is not a network as NVIDIA's repositories save it")
-    parts = found.part("_modules")
-    synthesis, mapping = parts.get("synthesis"), parts.get("mapping")
-    if found.kind != "Generator" or not isinstance(synthesis, Module) or not isinstance(mapping, Module):
-        raise UserError(f"the pickle holds a network of the class {found.kind[:60]!r}, not a generator with a mapping")
+    parts = network.part("_modules")
+    synthesis, mapping = parts["synthesis"], parts["mapping"]
     if "input" in synthesis.part("_modules"):
-        raise UserError("the pickle holds a StyleGAN3 generator; samjax inverts with StyleGAN2 only")
+        raise UserError("the file holds a StyleGAN3 generator; samjax inverts with StyleGAN2 only")
     arrays: dict[str, Stored] = {}
-    for name, module in _walk(found):
+    for name, module in _walk(network):
         for values in (module.part("_parameters"), module.part("_buffers")):
             for key, value in values.items():
                 if value is None:
                     continue
-                if not isinstance(value, torch_files.Tensor):
-                    raise UserError(f"{name}{key} in the pickle is not a tensor: damaged?")
+                if not isinstance(value, torch_files.Tensor) or not is_name(key):
+                    raise UserError(f"an array of {name or 'the network'} is not a tensor: damaged?")
                 arrays[f"{name}{key}"] = value
-    return Checkpoint(what, "nvidia", arrays, _settings(found, synthesis, mapping))
+    what = f"{place} of NVIDIA PyTorch pickle" if place else "NVIDIA PyTorch network"
+    return Checkpoint(what, "nvidia", arrays, _settings(network, synthesis, mapping))
 
 
 def _settings(generator: Module, synthesis: Module, mapping: Module) -> dict[str, Any]:
@@ -117,25 +117,55 @@ def _settings(generator: Module, synthesis: Module, mapping: Module) -> dict[str
     num_layers = mapping.setting("num_layers")
     if num_layers is not None:
         settings["mapping_layers"] = num_layers
-    clamps = set()
+    clamps, multipliers, noises = set(), set(), set()
     for name, module in _walk(generator):
         if module.kind == "SynthesisBlock":
             require(name, "architecture", module.setting("architecture", "skip"), "skip")
         elif module.kind == "SynthesisLayer":
             require(name, "activation", module.setting("activation", "lrelu"), "lrelu")
-            require(name, "use_noise", module.setting("use_noise", True), True)
+            _require_gain(name, "act_gain", module.setting("act_gain"), math.sqrt(2))
+            noises.add(module.setting("use_noise", True) is not False)
         if module.kind in ("SynthesisLayer", "ToRGBLayer"):
             clamp = module.setting("conv_clamp", made_with.get("conv_clamp"))
             clamps.add(float(clamp) if isinstance(clamp, int | float) else None)
-        elif module.kind == "FullyConnectedLayer" and name.startswith("mapping.fc"):
-            require(name, "activation", module.setting("activation", "lrelu"), "lrelu")
-            gain, inputs = module.setting("weight_gain"), module.setting("in_features")
-            if isinstance(gain, float) and isinstance(inputs, int) and inputs > 0:
-                require(name, "lr_multiplier", round(gain * math.sqrt(inputs), 6), 0.01)
+        elif module.kind == "FullyConnectedLayer":
+            is_mapping = name.startswith("mapping.fc")
+            activation = "lrelu" if is_mapping else "linear"
+            require(name, "activation", module.setting("activation", activation), activation)
+            multiplier = _multiplier(name, module)
+            if multiplier is not None and is_mapping:
+                multipliers.add(multiplier)
+            elif multiplier is not None:
+                _require_gain(name, "lr_multiplier", multiplier, 1.0)
     if len(clamps) > 1:
         raise UserError("the generator's layers have different conv_clamp; samjax's have one for all")
+    if len(multipliers) > 1:
+        raise UserError("the mapping network's layers have different lr_multiplier; samjax's have one for all")
+    if len(noises) > 1:
+        raise UserError("some of the generator's layers add noise and some do not; samjax's all do, or none does")
+    if False in noises:
+        settings["use_noise"] = False
     settings["conv_clamp"] = next(iter(clamps), None)
+    stated = mapping.setting("lr_multiplier")
+    if multipliers or isinstance(stated, float):
+        settings["mapping_lr_multiplier"] = next(iter(multipliers), stated)
     return settings
+
+
+def _multiplier(name: str, layer: Module) -> float | None:
+    """The learning rate multiplier of a dense layer, from the factors that it stores; None if it stores none."""
+    weight, gain = layer.part("_parameters").get("weight"), layer.setting("weight_gain")
+    if not isinstance(weight, torch_files.Tensor) or len(weight.shape) != 2 or not isinstance(gain, float):
+        return None
+    multiplier = float(f"{gain * math.sqrt(weight.shape[1]):.6g}")  # without the rounding errors of the product
+    _require_gain(name, "bias_gain", layer.setting("bias_gain"), multiplier)
+    return multiplier
+
+
+def _require_gain(where: str, name: str, value: Any, supported: float) -> None:
+    """`require` for factors, of which older versions do not store all, and which are rounded."""
+    if isinstance(value, int | float) and not math.isclose(value, supported, rel_tol=1e-4):
+        require(where, name, value, supported)
 
 
 def require(where: str, name: str, value: Any, supported: Any) -> None:

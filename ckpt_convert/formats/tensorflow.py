@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.formats.checkpoint import Checkpoint
+from ckpt_convert.formats.checkpoint import MAX_NAME, Checkpoint, is_name
 from ckpt_convert.formats.nvidia import require
 from samjax.errors import UserError
 from samjax.io import arrays
@@ -26,6 +26,7 @@ _FIELDS = {  # arguments of the program to fields of StyleGAN2Config
     "num_channels": "img_channels",
     "fmap_max": "channel_max",
     "mapping_layers": "mapping_layers",
+    "mapping_lrmul": "mapping_lr_multiplier",
     "conv_clamp": "conv_clamp",
 }
 
@@ -64,37 +65,41 @@ def _variables(network: Network) -> dict[str, Any]:
         if not isinstance(variables, list) or not isinstance(components, dict):
             break
         for variable in variables:
-            if not isinstance(variable, tuple | list) or len(variable) != 2:
+            if not isinstance(variable, tuple | list) or len(variable) != 2 or not is_name(variable[0]):
                 raise UserError("the network in the pickle has no readable variables: damaged?")
             found[f"{prefix}{variable[0]}"] = variable[1]
         for name, component in components.items():
-            if not isinstance(component, Network):
-                raise UserError(f"the component {str(name)[:60]!r} of the network is not a network: damaged?")
-            waiting.append((f"{prefix}{name}/"[:200], component))
+            if not isinstance(component, Network) or not is_name(name):
+                raise UserError("a component of the network in the pickle is not a network: damaged?")
+            waiting.append((f"{prefix}{name}/"[:MAX_NAME], component))
     raise UserError("the network in the pickle has no readable variables: damaged?")
 
 
-def checkpoint(found: Any) -> Checkpoint:
-    """Finds the generator in an unpickled file: the last of three networks, or the only network.
+def is_generator(network: Network) -> bool:
+    """Whether a network has component networks, as generators have since StyleGAN."""
+    components = network.state.get("components")
+    return isinstance(components, dict) and "synthesis" in components
+
+
+def checkpoint(network: Network, place: str) -> Checkpoint:
+    """The arrays and settings of a generator.
+
+    Args:
+      network: as `is_generator` checks.
+      place: where it is in the file, such as "Gs"; "" for the file itself.
 
     Raises:
-      UserError: if there is none, or it is of a kind that samjax does not support.
+      UserError: if it is of a kind that samjax does not support.
     """
-    if isinstance(found, tuple) and len(found) == 3:
-        found, what = found[2], "Gs of TensorFlow pickle"
-    else:
-        what = "TensorFlow pickle of one network"
-    if not isinstance(found, Network):
-        raise UserError("the pickle holds no TensorFlow network of NVIDIA's repositories")
-    version = found.state.get("version")
-    variables = _variables(found)
+    version = network.state.get("version")
+    variables = _variables(network)
     if not isinstance(version, int) or version < 4 or any("StyleMod" in name for name in variables):
         raise UserError(
             "the pickle holds a StyleGAN1 or older network; samjax inverts with StyleGAN2 (configurations e and f) only"
         )
     if "dlatent_avg" not in variables:
         raise UserError("the pickle's network is not a StyleGAN2 generator (it has no dlatent_avg)")
-    kwargs = found.state.get("static_kwargs", {})
+    kwargs = network.state.get("static_kwargs", {})
     if not isinstance(kwargs, dict):
         raise UserError("the network in the pickle has no readable arguments: damaged?")
     held: dict[str, Stored] = {}
@@ -103,6 +108,7 @@ def checkpoint(found: Any) -> Checkpoint:
         held[name] = Loaded(np.asarray(value, np.float32)) if isinstance(value, int | float) else value
         if not isinstance(held[name], PickledArray | Loaded):
             raise UserError(f"{name[:80]} in the pickle is not an array: damaged?")
+    what = f"{place} of TensorFlow pickle" if place else "TensorFlow pickle of one network"
     return Checkpoint(what, "tensorflow", held, _settings(kwargs))
 
 
@@ -114,10 +120,10 @@ def _settings(kwargs: dict[Any, Any]) -> dict[str, Any]:
     require("", "architecture", kwargs.get("architecture", "skip"), "skip")
     require("", "nonlinearity", kwargs.get("nonlinearity", "lrelu"), "lrelu")
     require("", "mapping_nonlinearity", kwargs.get("mapping_nonlinearity", "lrelu"), "lrelu")
-    require("", "mapping_lrmul", kwargs.get("mapping_lrmul", 0.01), 0.01)
-    require("", "use_noise", kwargs.get("use_noise", True), True)
     require("", "normalize_latents", kwargs.get("normalize_latents", True), True)
     kernel = kwargs.get("resample_kernel") or [1, 3, 3, 1]
     require("", "resample_kernel", list(kernel) if isinstance(kernel, tuple) else kernel, [1, 3, 3, 1])
     settings.setdefault("conv_clamp", None)
+    if kwargs.get("use_noise") is False:
+        settings["use_noise"] = False
     return settings

@@ -52,6 +52,13 @@ class StyleGAN2Config:
       channel_max: see `channel_base`.
       conv_clamp: limit on the magnitude of each layer's output, after its gain; None for no limit, as in converted
         TensorFlow networks.
+      mapping_lr_multiplier: factor of the weights and biases in the mapping network's dense layers.
+      mapping_dim: width of the mapping network's hidden layers; w_dim if None.
+      embed_dim: width of the label's embedding; w_dim if None.
+      label_concat: whether a label is multiplied by a matrix and normalized together with z, as in NVIDIA's first
+        TensorFlow program, rather than embedded by a dense layer and normalized by itself.
+      use_noise: whether layers add noise.
+      block_channels: channels of each block, where they do not follow `channel_base` and `channel_max`.
     """
 
     img_resolution: int = 256
@@ -63,11 +70,19 @@ class StyleGAN2Config:
     channel_base: int = 32768
     channel_max: int = 512
     conv_clamp: float | None = None
+    mapping_lr_multiplier: float = 0.01
+    mapping_dim: int | None = None
+    embed_dim: int | None = None
+    label_concat: bool = False
+    use_noise: bool = True
+    block_channels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         size = self.img_resolution
         if size < 8 or size > 1024 or size & (size - 1):
             raise ValueError(f"img_resolution must be a power of two from 8 to 1024, not {size}")
+        if self.block_channels is not None and len(self.block_channels) != len(self.block_resolutions):
+            raise ValueError(f"block_channels must list {len(self.block_resolutions)} blocks at {size} px")
 
     @property
     def block_resolutions(self) -> tuple[int, ...]:
@@ -79,6 +94,8 @@ class StyleGAN2Config:
         return 2 * len(self.block_resolutions)
 
     def channels(self, resolution: int) -> int:
+        if self.block_channels is not None:
+            return self.block_channels[self.block_resolutions.index(resolution)]
         return min(self.channel_base // resolution, self.channel_max)
 
 
@@ -227,6 +244,7 @@ class SynthesisLayer(nn.Module):
     resolution: int
     up: bool
     conv_clamp: float | None
+    use_noise: bool
     up_conv: Callable[[Array, Array], Array]
 
     @nn.compact
@@ -235,16 +253,17 @@ class SynthesisLayer(nn.Module):
         styles = Dense(fan_in, bias_init=1.0, name="affine")(w)
         weight = self.param("weight", nn.initializers.normal(1.0), (3, 3, fan_in, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        size = (self.resolution, self.resolution)
-        noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
-        noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
         prepacked = self.get_variable("prepacked", "conv")
         x = modulated_conv(x, weight if prepacked is None else prepacked, styles, self.up_conv if self.up else conv3x3)
-        if noise == "const":
-            x = x + (noise_const * noise_strength)[None, :, :, None]
-        elif noise == "random":
-            assert noise_key is not None
-            x = x + jax.random.normal(noise_key, (x.shape[0], *size, 1), x.dtype) * noise_strength
+        if self.use_noise:
+            size = (self.resolution, self.resolution)
+            noise_const = self.param("noise_const", nn.initializers.normal(1.0), size)
+            noise_strength = self.param("noise_strength", nn.initializers.zeros, ())
+            if noise == "const":
+                x = x + (noise_const * noise_strength)[None, :, :, None]
+            elif noise == "random":
+                assert noise_key is not None
+                x = x + jax.random.normal(noise_key, (x.shape[0], *size, 1), x.dtype) * noise_strength
         return _activate(x, bias, self.conv_clamp)
 
 
@@ -281,7 +300,7 @@ class SynthesisBlock(nn.Module):
         cfg, features = self.config, self.config.channels(self.resolution)
         keys = (None, None) if noise_key is None else tuple(jax.random.split(noise_key))
         layer = lambda up, name: SynthesisLayer(  # noqa: E731
-            features, self.resolution, up, cfg.conv_clamp, self.up_conv, name=name
+            features, self.resolution, up, cfg.conv_clamp, cfg.use_noise, self.up_conv, name=name
         )
         if x is None:
             const = self.param("const", nn.initializers.normal(1.0), (4, 4, features))
@@ -352,14 +371,19 @@ class MappingNetwork(nn.Module):
     def __call__(
         self, z: Array, c: Array | None, truncation_psi: Array | float, truncation_cutoff: int | None
     ) -> Array:
-        cfg = self.config
-        x = _normalize(z)
-        if cfg.c_dim:
-            if c is None:
-                raise ValueError(f"this generator is conditional: pass labels c of shape [N, {cfg.c_dim}]")
-            x = jnp.concatenate([x, _normalize(Dense(cfg.w_dim, name="embed")(c))], -1)
+        cfg, embed_dim = self.config, self.config.embed_dim or self.config.w_dim
+        if cfg.c_dim == 0:
+            x = _normalize(z)
+        elif c is None:
+            raise ValueError(f"this generator is conditional: pass labels c of shape [N, {cfg.c_dim}]")
+        elif cfg.label_concat:
+            matrix = self.param("label_matrix", nn.initializers.normal(1.0), (cfg.c_dim, embed_dim))
+            x = _normalize(jnp.concatenate([z, c @ matrix], -1))
+        else:
+            x = jnp.concatenate([_normalize(z), _normalize(Dense(embed_dim, name="embed")(c))], -1)
         for i in range(cfg.mapping_layers):
-            x = Dense(cfg.w_dim, lr_multiplier=0.01, name=f"fc{i}")(x)
+            width = cfg.w_dim if i == cfg.mapping_layers - 1 else cfg.mapping_dim or cfg.w_dim
+            x = Dense(width, lr_multiplier=cfg.mapping_lr_multiplier, name=f"fc{i}")(x)
             x = nn.leaky_relu(x, 0.2) * _SQRT2
         w_avg = self.param("w_avg", nn.initializers.zeros, (cfg.w_dim,))
         ws = jnp.broadcast_to(x[:, None], (x.shape[0], cfg.num_ws, cfg.w_dim))
