@@ -14,15 +14,15 @@ _CONVERT = """\
 Converts a network to a directory that samjax loads.
 
 SOURCE is one of:
-  .pkl          of NVIDIA's PyTorch repositories (stylegan2-ada-pytorch, stylegan3): G_ema is converted
-  .pkl          of NVIDIA's TensorFlow repositories (stylegan2, stylegan2-ada): Gs is converted
-  .pt           of rosinality's stylegan2-pytorch (g_ema), or of an encoder with its generator (e4e, pSp: decoder.*)
+  .pkl          a StyleGAN2 generator of NVIDIA's PyTorch or TensorFlow repositories
+  .pt .pth      a StyleGAN2 generator of rosinality's program, PTI, MMGeneration, GenForce, Hammer or BasicSR, or inside
+                an encoder's checkpoint (e4e, pSp), in any wrapper
   .pt           e4e_*_encode.pt: with --network e4e the encoder is converted
   .pt           invertibility_*_sg2.pt, or the files that the authors' training of the predictor writes in an epoch
   .pth .pth     encoder_epoch_20.pth and decoder_epoch_20.pth of the ADE20K segmenter, both
   .pth          79999_iter.pth of the face parser
   .pkl          model_final_*.pkl of Detectron2's panoptic_fpn_R_101_3x
-  .safetensors  exported by this program
+  .safetensors  exported by this program, or a generator with the names of one of the programs above
 
 The kind of network, the format and the sizes are detected from the file. PyTorch and TensorFlow are not needed, and
 nothing in the file is executed. OUT_DIR is written atomically: an Orbax checkpoint, and manifest.json, which describes
@@ -68,7 +68,8 @@ _GET = """\
 Downloads all files of an official category and converts them, for --image_category of samjax's programs.
 
 Files that are in the cache, or in the directory --weights under their authors' names, are not downloaded again; an
-interrupted download is resumed. Each file is under its authors' own license, which is printed.
+interrupted download is resumed. Each file is under its authors' own license, which is printed. A file must be the one
+that was downloaded first: its size and time of change are checked each time, its hash if they differ.
 """
 
 
@@ -87,10 +88,11 @@ def _get(arguments: Sequence[str]) -> None:
         help="the directory for downloads and converted networks; default: the environment variable SAMJAX_CACHE, or"
         " samjax in the user's cache directory",
     )  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="check the hashes of all files in the cache")
     args = parser.parse_args(arguments)
     from ckpt_convert import get
 
-    for role, path in get.get(args.category, args.weights, args.cache, notify=print).items():
+    for role, path in get.get(args.category, args.weights, args.cache, verify=args.verify, notify=print).items():
         print(f"{role}: {path}")
 
 

@@ -98,10 +98,12 @@ def unpack(path: Path, data: memoryview) -> Unpacked:
       data: its contents, memory-mapped.
 
     Raises:
-      UserError: if the format is unknown, the file is damaged, or it names something outside of the allow list.
+      UserError: if the format is unknown, the file is damaged, or it names something that runs.
     """
+    unknown: set[str] = set()
     if data[:2] == b"PK" or data[: len(torch_files.LEGACY_START)] == torch_files.LEGACY_START:
-        return Unpacked("torch", torch_files.read(data))
+        held = torch_files.read(data, nvidia.names(), met=unknown)
+        return Unpacked("torch", held, sorted(unknown))
     if safetensors.looks_like(data):
         return Unpacked("safetensors", safetensors.read(path))
     for start, what in _OTHERS.items():
@@ -110,7 +112,8 @@ def unpack(path: Path, data: memoryview) -> Unpacked:
     # Pickle protocols from 2 on; none of the programs used an older one.
     if data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         allowed = {**nvidia.names(), **tensorflow.names()}
-        return Unpacked("pickle", pickles.load(View(data), allowed, encoding="latin1"))
+        held = pickles.load(View(data), allowed, encoding="latin1", size=len(data), unknown="inert", met=unknown)
+        return Unpacked("pickle", held, sorted(unknown))
     raise UserError(
         "its format is unknown: samjax reads NVIDIA's .pkl (PyTorch and TensorFlow), .pt and .pth of torch.save,"
         " Detectron2's .pkl, and .safetensors that samjax exported"
@@ -236,7 +239,7 @@ def _generator(files: Sequence[Unpacked], size: int) -> _Found:
     if len(files) > 1:
         raise UserError("files that do not belong together: a generator is one file")
     found = generator(files[0])
-    naming, notes = stylegan2_tables.NAMINGS[found.naming], list(found.notes)
+    naming, notes = search.NAMINGS[found.naming], list(found.notes)
     if "decoder of" in found.format:
         notes.append("the file holds an encoder too: --network e4e converts it, where it is e4e's")
     config = stylegan2_tables.infer_config(naming, found.arrays, found.settings)

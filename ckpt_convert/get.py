@@ -27,6 +27,7 @@ def get(
     *,
     roles: Sequence[str] = (*ROLES, "edits"),
     fetch: bool = True,
+    verify: bool = False,
     notify: Notify = lambda _: None,
 ) -> dict[str, Path]:
     """Finds or downloads the files of a category, and converts its networks.
@@ -37,13 +38,15 @@ def get(
       cache: default: `samjax.io.registry.cache_folder()`.
       roles: the files wanted: any of `ROLES`, and "edits".
       fetch: whether to download missing files; if not, they are an error.
+      verify: whether to check the hashes of files in the cache, rather than their sizes and times of change only.
       notify: called with a line of text before each download and each conversion.
 
     Returns:
       For each role the directory of the converted network; for "edits" the directory of the directions.
 
     Raises:
-      UserError: if files are missing (all are listed), cannot be downloaded, or hold something else.
+      UserError: if files are missing (all are listed), cannot be downloaded, have changed since they were downloaded,
+        or hold something else.
     """
     cache = cache or registry.cache_folder()
     if weights is not None and not weights.is_dir():
@@ -51,6 +54,11 @@ def get(
     folders = [*([weights] if weights else []), cache / "downloads"]
     wanted = [file for file in registry.CATEGORY_FILES[category] if file.role in roles]
     found = {file: registry.find(file, category, folders) for file in wanted}
+    for file, path in found.items():
+        if path == registry.cached(file, category, cache):
+            registry.verify(file, category, cache, full=verify)
+            if verify:
+                notify(f"{file.name}: as it was downloaded")
     absent = [file for file, path in found.items() if path is None]
     if fetch:
         found |= _fetch(absent, category, cache, notify)
@@ -128,7 +136,7 @@ def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify
     if not path.exists():
         raise UserError(f"{path} does not exist: give the path of a checkpoint file, or of a converted network")
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    folder = (cache or registry.cache_folder()) / "converted" / f"{path.stem}_{network}_{key}"
+    folder = (cache or registry.cache_folder()) / "converted" / f"{files.safe_name(path.stem)}_{network}_{key}"
     return _convert_once([path], network, folder, notify)
 
 
@@ -136,9 +144,10 @@ def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Not
     """Downloads files; one error lists all that cannot be downloaded."""
     fetched, failed = {}, {}
     for file in absent:
-        notify(f"fetching {file.name} ({file.size}; {file.licence})")
+        open_to_changes = "; over plain http, which others on the way can read and change" if file.plain_http else ""
+        notify(f"fetching {file.name} ({file.size}; {file.licence}{open_to_changes})")
         try:
-            fetched[file] = registry.download(file, category, cache)
+            fetched[file] = registry.download(file, category, cache, notify=notify)
         except UserError as error:
             failed[file] = str(error)
             if failed[file].endswith(registry.NO_CONNECTION):  # then the others would fail too
@@ -152,13 +161,20 @@ def _fetch(absent: Sequence[WeightFile], category: str, cache: Path, notify: Not
 def _convert_once(sources: Sequence[Path], network: str, folder: Path, notify: Notify) -> Path:
     """Converts the network in `sources` to `folder`, unless `folder` was already converted from the same files."""
     record = folder.with_name(f"{folder.name}.sources.json")
+
+    def done() -> bool:
+        try:
+            return checkpoints.network_at(folder) is not None and json.loads(record.read_text("utf-8")) == state
+        except (OSError, ValueError):
+            return False
+
     state = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
-    try:
-        if checkpoints.network_at(folder) and json.loads(record.read_text("utf-8")) == state:
-            return folder
-    except (OSError, ValueError):
-        pass
-    notify(f"converting {', '.join(path.name for path in sources)}")
-    convert.convert(sources, folder, network)
-    files.write_json(record, state)
+    if done():
+        return folder
+    lock = files.output_directory(folder.parent) / f".{folder.name}.lock"
+    with files.locked(lock, wait=lambda: notify(f"waiting for another program that converts to {folder}")):
+        if not done():
+            notify(f"converting {', '.join(path.name for path in sources)}")
+            convert.convert(sources, folder, network)
+            files.write_json(record, state)
     return folder

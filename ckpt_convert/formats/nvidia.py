@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_convert.formats.checkpoint import MAX_NAME, Checkpoint, is_name
-from samjax.errors import UserError
+from samjax.errors import UserError, shown
 from samjax.io import torch_files
 from samjax.io.arrays import Stored
 
@@ -47,7 +47,7 @@ def names() -> dict[tuple[str, str], Any]:
     return {
         **torch_files.names(),
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): Module,
-        ("torch.storage", "_load_from_bytes"): torch_files.storage_from_bytes,
+        ("torch.storage", "_load_from_bytes"): torch_files.storage_reader(),
     }
 
 
@@ -170,6 +170,6 @@ def _require_gain(where: str, name: str, value: Any, supported: float) -> None:
 
 def require(where: str, name: str, value: Any, supported: Any) -> None:
     """Raises a UserError unless `value` is the only one that samjax's generator supports."""
-    if value != supported:
+    if type(value) is not type(supported) or value != supported:  # the comparison of other types may take long
         where = f"{where.removesuffix('.')}: " if where else ""
-        raise UserError(f"{where}{name} is {str(value)[:40]!r}; samjax's StyleGAN2 has {supported!r} only")
+        raise UserError(f"{where}{name} is {shown(value)}; samjax's StyleGAN2 has {supported!r} only")

@@ -16,10 +16,16 @@ from samjax.io.arrays import Stored
 _MAX_DEPTH = 8  # of dictionaries in dictionaries; programs use three
 _AVERAGED = re.compile(r"(?<![a-z])(ema|avg|averaged?|smooth|shadow|Gs)(?![a-z])")
 _PROGRAMS = {
-    "nvidia": "torch file with NVIDIA's names",
+    "nvidia": "a state dict with NVIDIA's names",
     "rosinality": "rosinality checkpoint",
-    "samjax": "file with samjax's names",
+    "samjax": "a file with samjax's names",
+    "mmgeneration": "MMGeneration checkpoint",
+    "basicsr": "BasicSR checkpoint",
+    "genforce": "GenForce checkpoint",
+    "hammer": "Hammer checkpoint",
 }
+NAMINGS = {**stylegan2.NAMINGS, **foreign.NAMINGS}
+"""The tables of all programs, by the program."""
 
 
 class _Found(NamedTuple):
@@ -61,8 +67,7 @@ def find(held: Any, unknown: Sequence[str] = ()) -> Checkpoint:
 
 
 def _generators(held: Any) -> Iterator[_Found]:
-    names = {name: naming for name, naming in stylegan2.NAMINGS.items() if naming.marker}
-    markers = {name: naming.marker for name, naming in names.items()}
+    markers = {name: naming.marker for name, naming in NAMINGS.items() if naming.marker}
     for path, value, outer in _walk(held):
         place = "/".join(path)
         if isinstance(value, nvidia.Module):
@@ -74,10 +79,24 @@ def _generators(held: Any) -> Iterator[_Found]:
         elif isinstance(value, Mapping):
             for naming, prefix in state_dicts.places(value, markers):
                 where = "/".join([*path, *_shown([prefix.rstrip("./")])]).strip("/")
-                what = f"{where or 'state dict'} of {_PROGRAMS.get(naming, naming)}"
-                average = names[naming].find("mapping/w_avg")[0]
-                arguments = (value, naming, prefix, outer, what, average)
-                yield _Found(where, lambda arguments=arguments: state_dicts.checkpoint(*arguments))
+                arguments = (value, naming, prefix, outer, where)
+                yield _Found(where, lambda arguments=arguments: _state_dict(*arguments))
+
+
+def _state_dict(
+    state: Mapping[Any, Any], naming: str, prefix: str, outer: Sequence[Mapping[Any, Any]], where: str
+) -> Checkpoint:
+    average = NAMINGS[naming].find("mapping/w_avg")[0]
+    what = f"{where or 'state dict'} of {_PROGRAMS[naming]}"
+    checkpoint = state_dicts.checkpoint(state, naming, prefix, outer, what, average)
+    if known := _refusal(checkpoint.arrays):  # relatives of StyleGAN2 have its names, among others
+        raise UserError(known)
+    notes = (foreign.NOTES[naming],) if naming in foreign.NOTES else ()
+    return checkpoint._replace(notes=notes)
+
+
+def _refusal(arrays: Mapping[str, Stored]) -> str | None:
+    return foreign.refusal(arrays, {name: array.shape for name, array in arrays.items()})
 
 
 def _walk(held: Any) -> Iterator[tuple[tuple[str, ...], Any, tuple[Mapping[Any, Any], ...]]]:
@@ -133,8 +152,7 @@ def _what_else(held: Any, unknown: Sequence[str]) -> str:
     if kinds:
         return f"the file holds a network of the class {kinds[0][:60]!r}, not a generator with a mapping"
     if largest:
-        known = foreign.refusal(largest, {name: array.shape for name, array in largest.items()})
-        return known or f"no StyleGAN2 generator in the file (its arrays are {_listed(list(largest))})"
+        return _refusal(largest) or f"no StyleGAN2 generator in the file (its arrays are {_listed(list(largest))})"
     if unknown:
         return (
             f"the file holds objects of classes that samjax does not read ({_listed(sorted(unknown))}), such as a whole"

@@ -29,7 +29,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import DTypeLike
 
-from samjax.errors import UserError
+from samjax.errors import UserError, shown
 from samjax.io import files
 from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
@@ -189,7 +189,7 @@ def config_from_dict(values: Any, where: str, network: str = "generator") -> Any
         try:
             taken[name] = _setting(typing.get_type_hints(kind)[name], value, low)
         except TypeError:
-            raise UserError(f"{where}: {name} is {str(value)[:40]!r}, which no {what} can have") from None
+            raise UserError(f"{where}: {name} is {shown(value)}, which no {what} can have") from None
     try:
         return kind(**taken)
     except ValueError as error:

@@ -478,6 +478,29 @@ def prepack(
     return {**params, "prepacked": {"synthesis": blocks}}
 
 
+def as_rgb(config: StyleGAN2Config, params: dict[str, Any]) -> tuple[StyleGAN2Config, dict[str, Any]]:
+    """A generator of gray images as one of RGB images with three equal channels; others are returned as they are."""
+    if config.img_channels != 1:
+        return config, params
+    synthesis = dict(params["synthesis"])
+    for r in config.block_resolutions:
+        block = dict(synthesis[f"b{r}"])
+        block["torgb"] = {
+            name: jnp.repeat(value, 3, axis=-1) if name in ("weight", "bias") else value
+            for name, value in block["torgb"].items()
+        }
+        synthesis[f"b{r}"] = block
+    return dataclasses.replace(config, img_channels=3), {**params, "synthesis": synthesis}
+
+
+def draw_labels(config: StyleGAN2Config, count: int, class_idx: int | None, *, key: Array) -> Array | None:
+    """One-hot labels [count, c_dim]: of a class, or of classes drawn uniformly if None; None without classes."""
+    if not config.c_dim:
+        return None
+    drawn = jax.random.randint(key, (count,), 0, config.c_dim) if class_idx is None else jnp.full(count, class_idx)
+    return jax.nn.one_hot(drawn, config.c_dim)
+
+
 def map_z(
     config: StyleGAN2Config,
     params: Params,
