@@ -1,22 +1,68 @@
-"""`UserError`, the exception for errors that the user can correct."""
+"""`UserError`, the exception for errors that the user can correct, and what may stand in its message."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from typing import Any
+
+_MOST = 4000  # characters of a message; lists of wrong names are the longest
 
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong and what to do. Programs print it and exit with code 2.
+
+    Control characters, which names of files and their contents may have, are escaped, and the length is bounded.
 
     Attributes:
       details: further lines, such as a list of files with their addresses.
     """
 
     def __init__(self, message: str = "", details: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.details = tuple(details)
+        super().__init__(escaped(message))
+        self.details = tuple(map(escaped, details))
 
     @property
     def shown(self) -> str:
-        """The text for a terminal; line breaks in file names are replaced by spaces."""
-        return "\n".join([" ".join(str(self).split()), *(f"  {' '.join(line.split())}" for line in self.details)])
+        """The text for a terminal."""
+        return "\n".join([str(self), *(f"  {line}" for line in self.details)])
+
+
+def escaped(text: str, most: int = _MOST) -> str:
+    r"""`text` in one line that is safe to print: control characters become `\x1b`, and the middle is left out if long.
+
+    Args:
+      text: any text.
+      most: characters of the result, about.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} … {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else repr(char)[1:-1] for char in text
+    )
+
+
+def shown(value: Any) -> str:
+    """A value from a file for a message: short whatever it is, and in little time.
+
+    Numbers, the beginning of texts, and short sequences of these are shown; of everything else, the type.
+    """
+    if isinstance(value, tuple | list) and len(value) <= 8 and not any(isinstance(v, tuple | list) for v in value):
+        inner = ", ".join(map(shown, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, str | bytes):
+        return repr(value if len(value) <= 60 else value[:60]) + ("…" if len(value) > 60 else "")
+    if isinstance(value, int) and value.bit_length() > 200:  # Python takes long to write larger ones
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, int | float):
+        return str(value)
+    return f"a {type(value).__name__}"
+
+
+def brief(error: BaseException) -> str:
+    """Why something failed, in a few words, for the message of a `UserError`."""
+    if isinstance(error, LookupError):  # whose text is a value from the file
+        return type(error).__name__
+    return escaped(" ".join(str(error).split()), 120) or type(error).__name__

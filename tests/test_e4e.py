@@ -17,7 +17,8 @@ from network_cases import E4E, TOLERANCE, error, random_images, tensor
 from ckpt_convert import e4e as table
 from samjax.errors import UserError
 from samjax.io import checkpoints
-from samjax.io.arrays import Loaded, Opaque
+from samjax.io.arrays import Loaded
+from samjax.io.pickles import INERT
 from samjax.io.torch_files import Tensor
 from samjax.nets import e4e
 from samjax.nets.e4e import E4EConfig
@@ -230,7 +231,7 @@ AVERAGE = filled("latent_avg", (8, 512))
 ROW = filled("latent_avg", (512,))
 
 
-@pytest.mark.parametrize("opts", [{}, {"opts": Opaque()}, {"opts": {"start_from_latent_avg": True}}])
+@pytest.mark.parametrize("opts", [{}, {"opts": INERT}, {"opts": {"start_from_latent_avg": True}}])
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [

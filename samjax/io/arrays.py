@@ -6,16 +6,17 @@ import math
 import mmap
 import zlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ml_dtypes
 import numpy as np
 
-from samjax.errors import UserError
+from samjax.errors import UserError, shown
 from samjax.io import pickles
 
 _SMALL = 4096  # bytes: shorter strings are copied, longer ones stay views of the file
 _MAX_AXES = 8
+_EXPANDED = 16 * 2**20  # bytes of an array that repeats its values
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -53,6 +54,8 @@ def map_file(path: Path) -> memoryview:
     try:
         if path.is_dir():
             raise UserError(f"{path} is a directory: give the checkpoint file itself (.pkl, .pt or .safetensors)")
+        if path.exists() and not path.is_file():  # opening a pipe would wait
+            raise UserError(f"{path} is a device or a pipe: give the checkpoint file itself")
         with path.open("rb") as file:
             if not file.seek(0, 2):
                 raise UserError(f"{path} is empty: fetch or copy it again")
@@ -102,7 +105,7 @@ def sizes(values: Any, what: str) -> tuple[int, ...]:
         and len(values) <= _MAX_AXES
         and all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 for value in values)
     ):
-        raise UserError(f"the file gives {str(values)[:80]} as {what}: damaged?")
+        raise UserError(f"the file gives {shown(values)} as {what}: damaged?")
     return tuple(values)
 
 
@@ -116,16 +119,19 @@ def strided(
       dtype: of the elements.
       offset: of the first element, in elements.
       shape: of the array.
-      strides: in elements. An array with more elements than `data`, which strides of zero would allow, is an error:
-        a small file could otherwise take any amount of memory.
+      strides: in elements; zero where a value is repeated, as after torch's `expand`.
 
     Raises:
-      UserError: if an element is outside of `data`.
+      UserError: if an element is outside of `data`, or the array is over 16 MB and takes more than the whole `data`.
     """
+    size = math.prod(shape)
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if math.prod(shape) and max(last + 1, math.prod(shape)) * dtype.itemsize > len(data):
+    if size and (last + 1) * dtype.itemsize > len(data):
         raise UserError(f"an array of shape {list(shape)} reaches beyond its storage: damaged, or not whole?")
-    if not math.prod(shape):
+    if size * dtype.itemsize > max(len(data), _EXPANDED):
+        # A small file could otherwise take any amount of memory.
+        raise UserError(f"an array of shape {list(shape)} repeats the few values that the file has: damaged?")
+    if not size:
         return np.zeros(shape, dtype)
     steps = tuple(stride * dtype.itemsize for stride in strides)
     return np.ndarray(shape, dtype, data, offset * dtype.itemsize, steps)  # type: ignore[arg-type]
@@ -149,34 +155,40 @@ _DTYPES = {name: np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4",
 class PickledDtype:
     """Stand-in for `numpy.dtype`."""
 
-    def __init__(self, name: Any, *_: Any) -> None:
-        self.name = name
-        self.order = "|"
+    name, order = "", "|"
+
+    def __init__(self, name: Any = "", *_: Any) -> None:
+        self.name = name if isinstance(name, str) else ""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], str):
             self.order = state[1]
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it is a type of numbers, in the order of bytes of current machines."""
+        return self.order in ("<", "=", "|") and self.name.lstrip("<=|") in _DTYPES
+
     def dtype(self) -> np.dtype[Any]:
         """The type. Raises UserError if it is not numeric."""
-        name = self.name
-        name = name.lstrip("<=|") if isinstance(name, str) else name
-        if self.order not in ("<", "=", "|") or not isinstance(name, str) or name not in _DTYPES:
-            raise UserError(f"the file holds an array of the type {self.order}{str(self.name)[:20]}, not of numbers")
-        return _DTYPES[name]
+        if not self.is_numeric:
+            raise UserError(f"the file holds an array of the type {shown(self.order + self.name)}, not of numbers")
+        return _DTYPES[self.name.lstrip("<=|")]
 
 
 class PickledArray:
     """Stand-in for `numpy.ndarray`."""
 
+    _state: tuple[tuple[int, ...], Any, bool, Any] | None = None
+
     def __init__(self, *_: Any) -> None:
-        self._state: tuple[tuple[int, ...], Any, bool, Any] | None = None
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise ValueError("an array's state of five parts is expected")
-        _, shape, dtype, fortran, data = state
-        self._state = (sizes(shape, "an array's shape"), dtype, bool(fortran), data)
+        # Arrays of other kinds, such as masked ones, have states of other forms.
+        if isinstance(state, tuple) and len(state) == 5:
+            _, shape, dtype, fortran, data = state
+            self._state = (sizes(shape, "an array's shape"), dtype, bool(fortran), data)
 
     def _parts(self) -> tuple[tuple[int, ...], PickledDtype, bool, Any]:
         if self._state is None or not isinstance(self._state[1], PickledDtype):
@@ -186,6 +198,17 @@ class PickledArray:
     @property
     def shape(self) -> tuple[int, ...]:
         return self._parts()[0]
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it has contents, and these are numbers."""
+        return self._state is not None and isinstance(self._state[1], PickledDtype) and self._state[1].is_numeric
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the contents."""
+        data = self._state[3] if self._state else b""
+        return len(data) if isinstance(data, str | bytes | bytearray | memoryview) else 0
 
     def array(self) -> np.ndarray:
         shape, dtype, fortran, data = self._parts()
@@ -205,33 +228,21 @@ def _reconstruct(*_: Any) -> PickledArray:
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
     array = PickledArray()
-    array.__setstate__((1, shape, dtype, order == "F", data))
+    array.__setstate__((1, shape, dtype, isinstance(order, str) and order == "F", data))
     return array
 
 
 def _scalar(dtype: Any, data: Any = None) -> Any:
-    if isinstance(dtype, PickledDtype) and isinstance(data, bytes):
+    if isinstance(dtype, PickledDtype) and dtype.is_numeric and isinstance(data, bytes):
         return np.frombuffer(data, dtype.dtype(), 1)[0].item()
     return None
 
 
-class Opaque:
-    """Stand-in for an object that conversion does not use."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Opaque:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _mapping(items: Any = (), *_: Any) -> dict[Any, Any]:
+def _mapping(items: Any = (), *_: Any, **__: Any) -> dict[Any, Any]:
     if isinstance(items, dict):
         return dict(items)
-    return pickles.fill({}, [part for pair in items for part in _pair(pair)])
+    pairs = items if isinstance(items, list | tuple) else ()
+    return pickles.fill({}, [part for pair in pairs for part in _pair(pair)])
 
 
 def _pair(pair: Any) -> Any:
@@ -244,8 +255,23 @@ def _default_mapping(*_: Any) -> dict[Any, Any]:
     return {}
 
 
+def _list(items: Any = ()) -> list[Any]:
+    return list(items) if isinstance(items, list | tuple) else []
+
+
 def _set(items: Any = ()) -> set[Any]:
-    return set(pickles.plain_keys(list(items)))
+    return set(filter(pickles.is_plain, items)) if isinstance(items, list | tuple | set | frozenset) else set()
+
+
+def _frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(_set(items))
+
+
+def _reconstructor(cls: Any, base: Any = None, state: Any = None) -> Any:
+    """Stand-in for `copyreg._reconstructor`, by which the first protocols make objects."""
+    if isinstance(state, dict):
+        return dict(state)
+    return cast(Any, cls).__new__(cls) if isinstance(cls, type) else pickles.INERT
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -260,35 +286,51 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def python_names() -> dict[tuple[str, str], Any]:
-    """Stand-ins for names of Python's library and NumPy, which the pickles of all formats use."""
-    names: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): _mapping,
-        ("collections", "defaultdict"): _default_mapping,
-        ("_codecs", "encode"): _encode,
-        ("argparse", "Namespace"): Opaque,
-        ("dnnlib.util", "EasyDict"): _mapping,
-        ("dnnlib", "EasyDict"): _mapping,
-        ("numpy", "ndarray"): PickledArray,
-        ("numpy", "dtype"): PickledDtype,
-    }
-    for builtins in ("builtins", "__builtin__"):
-        names |= {
-            (builtins, "set"): _set,
-            (builtins, "bytes"): _no_bytes,
-            (builtins, "dict"): _mapping,
-            (builtins, "list"): list,
-            (builtins, "object"): Opaque,
-        }
-        for kind in ("int", "float", "bool", "str", "tuple"):
-            names[builtins, kind] = Opaque
+_DICTIONARIES = {  # dictionaries with attributes, and where they are defined
+    "EasyDict": ("dnnlib", "dnnlib.util", "easydict"),
+    "Munch": ("munch", "munch._munch", "bunch_py3"),
+    "Dict": ("addict", "addict.addict"),
+    "AttrDict": ("attrdict", "attrdict.dictionary"),
+    "CfgNode": ("yacs.config", "fvcore.common.config", "detectron2.config", "detectron2.config.config"),
+    "AttributeDict": (
+        "pytorch_lightning.utilities.parsing",
+        "lightning.pytorch.utilities.parsing",
+        "lightning.fabric.utilities.data",
+        "lightning_fabric.utilities.data",
+    ),
+}
+
+
+def numpy_names() -> dict[tuple[str, str], Any]:
+    """Stand-ins for the names that pickled arrays of NumPy consist of."""
+    names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): PickledArray, ("numpy", "dtype"): PickledDtype}
     for core in ("numpy.core", "numpy._core"):
         names |= {
             (f"{core}.multiarray", "_reconstruct"): _reconstruct,
             (f"{core}.multiarray", "scalar"): _scalar,
             (f"{core}.numeric", "_frombuffer"): _frombuffer,
         }
-    for path in ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"):
-        names["pathlib", path] = Opaque
-        names["pathlib._local", path] = Opaque
+    return names
+
+
+def python_names() -> dict[tuple[str, str], Any]:
+    """Stand-ins for names of NumPy and for containers, which the pickles of all formats use."""
+    names: dict[tuple[str, str], Any] = {
+        **numpy_names(),
+        ("collections", "OrderedDict"): _mapping,
+        ("collections", "Counter"): _mapping,
+        ("collections", "defaultdict"): _default_mapping,
+        ("_codecs", "encode"): _encode,
+        ("copyreg", "_reconstructor"): _reconstructor,
+        ("copy_reg", "_reconstructor"): _reconstructor,
+    }
+    for builtins in ("builtins", "__builtin__"):
+        names |= {
+            (builtins, "set"): _set,
+            (builtins, "frozenset"): _frozenset,
+            (builtins, "bytes"): _no_bytes,
+            (builtins, "dict"): _mapping,
+            (builtins, "list"): _list,
+        }
+    names |= {(module, name): _mapping for name, modules in _DICTIONARIES.items() for module in modules}
     return names

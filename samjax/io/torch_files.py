@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from samjax.errors import UserError
+from samjax.errors import UserError, brief
 from samjax.io import arrays, files, pickles
 from samjax.io.arrays import View, sizes
+from samjax.io.pickles import INERT, Inert
 
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The first bytes of legacy files: the pickle of their magic number."""
@@ -38,6 +40,14 @@ _DTYPES = {
 }
 _MODULES = ("torch", "torch.cuda", "torch.storage")
 _MAX_PICKLE = 256 * 2**20  # bytes; a large training state has a few MB
+_MAX_INDEX = 8 * 2**20  # bytes of a zip archive's index; Python's reader takes ten times as much
+_MAX_KEY = 100  # characters of a storage's key; torch numbers them
+_SHOWN = 80  # characters of a name in messages
+_MAX_INNER = 10_000  # torch files in a pickle; a training state of NVIDIA's programs has a few hundred
+_UNREAD = (
+    "Size", "Tensor", "device", "float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64",
+    "bool", "strided", "channels_last", "contiguous_format", "preserve_format",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,11 +85,18 @@ class Tensor:
     def dtype(self) -> np.dtype[Any]:
         return self.storage.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the array, more than the storage's if strides are zero."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def array(self) -> np.ndarray:
         return arrays.strided(self.storage.data, self.dtype, self.offset, self.shape, self.strides)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor | Inert:
+    if storage is INERT:
+        return INERT
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     (offset,) = sizes((offset,), "a tensor's offset")
@@ -91,6 +108,12 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
+
+
+def _rebuild_with_attributes(rebuild: Any, _kind: Any, args: Any, *_: Any) -> Any:
+    """A tensor of a subclass or with attributes, which are left out."""
+    known = rebuild in (_rebuild_tensor, _rebuild_parameter)
+    return rebuild(*args) if known and isinstance(args, tuple) else INERT
 
 
 class _StorageType:
@@ -108,58 +131,71 @@ def names() -> dict[tuple[str, str], Any]:
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+        ("torch._utils", "_rebuild_device_tensor_from_numpy"): _rebuild_parameter,
+        ("torch._tensor", "_rebuild_from_type"): _rebuild_with_attributes,
+        ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_attributes,
         ("torch.nn.parameter", "Parameter"): _rebuild_parameter,
-        ("torch", "Size"): arrays.Opaque,
-        ("torch", "device"): arrays.Opaque,
-        ("torch.serialization", "_get_layout"): arrays.Opaque,
+        ("torch.serialization", "_get_layout"): INERT,
+        ("torch.torch_version", "TorchVersion"): INERT,
+        **{("torch", name): INERT for name in _UNREAD},
     }
     for module in _MODULES:
         found |= {(module, name): _StorageType(dtype) for name, dtype in _DTYPES.items()}
-    for name in ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"):
-        found["torch", name] = arrays.Opaque()
     return found
 
 
-def _storage_reference(identity: Any) -> tuple[np.dtype[Any], str, int]:
-    """Type, key and number of elements of a storage that a pickle refers to."""
+def _is_class(identity: Any) -> bool:
+    """Whether a pickle refers to the class of a module, beside which legacy files keep its source code."""
+    return isinstance(identity, tuple) and len(identity) > 1 and identity[0] == "module" and identity[1] is INERT
+
+
+def _storage_reference(identity: Any) -> tuple[np.dtype[Any] | None, str, int]:
+    """Type, key and number of elements of a storage that a pickle refers to; no type if NumPy has none such."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise ValueError("a reference to something other than a storage")
     kind, key, _, count = identity[1:5]
-    if not isinstance(kind, _StorageType) or not isinstance(key, str):
+    if not (isinstance(kind, _StorageType) or kind is INERT) or not isinstance(key, str) or len(key) > _MAX_KEY:
         raise ValueError("a storage of an unknown type")
     if len(identity) > 5 and identity[5] is not None:
         raise ValueError("a view of a storage, as torch before 0.4 wrote them")
-    return kind.dtype, key, sizes((count,), "a storage's size")[0]
+    dtype = kind.dtype if isinstance(kind, _StorageType) else None
+    return dtype, key, sizes((count,), "a storage's size")[0]
 
 
-def read(data: memoryview) -> Any:
+def read(data: memoryview, allowed: pickles.Allowed | None = None, *, met: set[str] | None = None) -> Any:
     """Reads the object in a torch file.
 
     Args:
       data: the whole file, zip or legacy.
+      allowed: further stand-ins; see `pickles.load`.
+      met: a set, to which names that no stand-in is for are added; see `pickles.load`.
 
     Returns:
-      The object, with `Tensor` for tensors and plain Python types for the rest.
+      The object, with `Tensor` for tensors, plain Python types for the rest, and `pickles.INERT` for objects of other
+      types.
 
     Raises:
-      UserError: if the file is damaged, incomplete, of another format, or names something outside of the allow list.
+      UserError: if the file is damaged, incomplete, of another format, or names something that runs.
     """
+    known = {**names(), **(allowed or {})}
     if data[:2] == b"PK":
-        return _read_zip(data)
+        return _read_zip(data, known, met)
     if data[: len(LEGACY_START)] == LEGACY_START:
-        return _read_legacy(data)
+        return _read_legacy(data, known, met)
     raise UserError("not a file of torch.save")
 
 
 # Zip archives.
 
 
-def _read_zip(data: memoryview) -> Any:
+def _read_zip(data: memoryview, known: pickles.Allowed, met: set[str] | None) -> Any:
     try:
         with zipfile.ZipFile(_Seekable(data)) as archive:  # type: ignore[arg-type]
             members = {member.filename: member for member in archive.infolist()}
     except Exception as error:  # damaged archives raise almost anything
-        raise UserError(f"not a readable zip archive ({error}): damaged, or not whole?") from error
+        raise UserError(f"not a readable zip archive ({brief(error)}): damaged, or not whole?") from error
+    if sum(member.compress_size for member in members.values()) > len(data):
+        raise UserError("the members of the zip archive overlap: damaged?")
     heads = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(heads) != 1:
         raise UserError("a zip archive, but not a checkpoint of torch.save (it has no data.pkl)")
@@ -174,13 +210,23 @@ def _read_zip(data: memoryview) -> Any:
         raise UserError(f"the pickle in the torch file has {len(text):,} bytes: not a checkpoint")
     storages: dict[str, Storage] = {}
 
-    def persistent_load(identity: Any) -> Storage:
+    def persistent_load(identity: Any) -> Storage | Inert:
         dtype, key, count = _storage_reference(identity)
+        if dtype is None:
+            return INERT
         if key not in storages:
-            storages[key] = Storage(dtype, count, functools.partial(member, f"{head}data/{key}"))
+            # The checksum is verified once, however many references of different sizes there are.
+            load = functools.cache(functools.partial(member, f"{head}data/{key}"))
+            storages[key] = Storage(dtype, count, load)
         return _same(storages[key], dtype, count)
 
-    return pickles.load(View(text), names(), persistent_load=persistent_load, encoding="latin1")
+    return _load(View(text), known, persistent_load, len(data), met)
+
+
+def _load(view: View, known: pickles.Allowed, persistent_load: Any, size: int, met: set[str] | None) -> Any:
+    return pickles.load(
+        view, known, persistent_load=persistent_load, encoding="latin1", size=size, unknown="inert", met=met
+    )
 
 
 def _same(storage: Storage, dtype: np.dtype[Any], count: int) -> Storage:
@@ -195,7 +241,8 @@ def _member(data: memoryview, members: dict[str, zipfile.ZipInfo], name: str) ->
     try:
         member = members[name]
     except KeyError:
-        raise UserError(f"the torch file lacks {name}: damaged, or not whole?") from None
+        raise UserError(f"the torch file lacks {name[:_SHOWN]}: damaged, or not whole?") from None
+    name = name[:_SHOWN]
     # torch does not compress members, so that nothing here can expand to more than the size of the file.
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size != member.compress_size:
         raise UserError(f"{name} in the zip archive is packed, which torch.save never does: save it again with torch")
@@ -234,6 +281,8 @@ class _Seekable(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1, /) -> bytes:
+        if size > _MAX_INDEX:
+            raise OSError("its index is too long")
         end = len(self._data) if size is None or size < 0 else self._position + size
         part = bytes(self._data[self._position : end])
         self._position += len(part)
@@ -243,7 +292,7 @@ class _Seekable(io.RawIOBase):
 # Legacy files.
 
 
-def _read_legacy(data: memoryview) -> Any:
+def _read_legacy(data: memoryview, known: pickles.Allowed, met: set[str] | None) -> Any:
     view = View(data)
     view.position = len(LEGACY_START)
     if pickles.load(view, {}) != 1001:
@@ -258,15 +307,21 @@ def _read_legacy(data: memoryview) -> Any:
         try:
             return contents[key]
         except KeyError:
-            raise UserError(f"the torch file lacks storage {key}: damaged, or not whole?") from None
+            raise UserError(f"the torch file lacks storage {key[:_SHOWN]}: damaged, or not whole?") from None
 
-    def persistent_load(identity: Any) -> Storage:
+    def persistent_load(identity: Any) -> Storage | Inert:
+        if _is_class(identity):
+            return INERT
         dtype, key, count = _storage_reference(identity)
+        if dtype is None:
+            raise UserError(
+                "the torch file holds tensors of a type that is not read: save it again with a current torch"
+            )
         if key not in storages:
             storages[key] = Storage(dtype, count, functools.partial(content, key))
         return _same(storages[key], dtype, count)
 
-    found = pickles.load(view, names(), persistent_load=persistent_load, encoding="latin1")
+    found = _load(view, known, persistent_load, len(data), met)
     keys = pickles.load(view, {})
     if not isinstance(keys, list):
         raise UserError("the torch file lacks its list of storages: damaged?")
@@ -285,16 +340,22 @@ def _read_legacy(data: memoryview) -> Any:
     return found
 
 
-def storage_from_bytes(data: Any) -> Storage:
-    """Stand-in for `torch.storage._load_from_bytes`: the storage in a torch file that is given as bytes.
+def storage_reader() -> Callable[[Any], Storage]:
+    """Stand-in for `torch.storage._load_from_bytes` in one pickle: the storage in a torch file that is given as bytes.
 
-    Raises:
-      UserError: if the bytes hold something else.
+    It raises UserError if the bytes hold something else, and reads the same bytes once.
     """
-    found = read(memoryview(data)) if isinstance(data, bytes | memoryview) else None
-    if not isinstance(found, Storage):
-        raise UserError("the pickle holds a storage that is not a torch file: damaged?")
-    return found
+    read_before: dict[int, tuple[Any, Storage]] = {}  # the bytes are kept, so that no others get their place
+
+    def storage_from_bytes(data: Any) -> Storage:
+        if id(data) not in read_before:
+            found = read(memoryview(data)) if isinstance(data, bytes | memoryview) else None
+            if not isinstance(found, Storage) or len(read_before) >= _MAX_INNER:
+                raise UserError("the pickle holds a storage that is not a torch file: damaged?")
+            read_before[id(data)] = data, found
+        return read_before[id(data)][1]
+
+    return storage_from_bytes
 
 
 # Writing.

