@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +30,16 @@ NAME = "tensorflow_A.pkl"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `folder`, with ranges; once, it closes the connection after `cut` bytes."""
+    """Serves `folder`, with ranges; once, it closes the connection after `cut` bytes.
+
+    `changes` replaces headers of its responses, or removes them if None; `redirect` is where it sends everybody.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.cut, self.asked = folder, 0, list[str]()
-        self.kind = "application/octet-stream"
+        self.changes, self.redirect, self.encodings = dict[str, str | None](), "", set[str | None]()
+        self.delay = 0.0
 
     def handle_error(self, *_: Any) -> None:
         pass  # of interrupted connections
@@ -52,13 +60,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         tag = f'"{hash(data)}"'
         asked = self.headers.get("Range", "")
         self.server.asked.append(asked)
+        self.server.encodings.add(self.headers.get("Accept-Encoding"))
+        time.sleep(self.server.delay)
+        if self.server.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect)
+            self.end_headers()
+            return
         if asked and self.headers.get("If-Range") == tag:
             first = int(asked.removeprefix("bytes=").rstrip("-"))
         self.send_response(206 if first else 200)
-        self.send_header("Content-Type", self.server.kind)
-        self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(data) - first))
+        headers: dict[str, str | None] = {
+            "Content-Type": "application/octet-stream",
+            "ETag": tag,
+            "Content-Length": str(len(data) - first),
+            "Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}" if first else None,
+        }
+        for name, value in (headers | self.server.changes).items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
+        if "Transfer-Encoding" in self.server.changes:  # one chunk, and no end
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data) // 2, data[: len(data) // 2]))
+            return
         if cut := self.server.cut:
             self.server.cut = 0
             self.wfile.write(data[first : first + cut])
@@ -139,7 +163,7 @@ def test_a_file_that_changed_meanwhile_is_downloaded_from_the_start(category, se
 def test_later_downloads_must_have_the_first_hash(category, server, tmp_path):
     fetch(category, tmp_path / "cache")
     downloads = tmp_path / "cache" / "downloads"
-    assert len(json.loads((downloads / "hashes.json").read_text())[NAME]) == 64
+    assert len(json.loads((downloads / "hashes.json").read_text())[NAME]["sha256"]) == 64
     (downloads / NAME).unlink()
     fetch(category, tmp_path / "cache")  # the same file is accepted
     (downloads / NAME).unlink()
@@ -161,13 +185,148 @@ def test_the_first_download_must_have_the_stated_hash(category, server, tmp_path
 
 
 def test_a_page_instead_of_the_file_and_a_missing_one(category, server, tmp_path):
-    server.kind = "text/html; charset=utf-8"
+    server.changes = {"Content-Type": "text/html; charset=utf-8"}
     (server.folder / "up.npy").unlink()
     with pytest.raises(UserError, match="2 files") as caught:
         fetch(category, tmp_path / "cache")
     assert "gave a web page" in caught.value.details[-2]
     assert "the host says 404" in caught.value.details[-1]
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "downloads").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"Content-Length": None, "Transfer-Encoding": "chunked"}, "without its length"),  # and cut short
+        ({"Content-Length": None}, "without its length"),
+        ({"Content-Length": "5, 6"}, "cannot be fetched"),
+        ({"Content-Encoding": "gzip"}, "is sent encoded ('gzip')"),
+        ({"Content-Length": "2000000000"}, "has 2,000,000,000 bytes rather than about 700 kB"),
+        ({"Content-Length": "300"}, "has 300 bytes rather than about 700 kB"),
+    ],
+)
+def test_a_response_that_cannot_be_checked_leaves_nothing(category, server, tmp_path, changes, says):
+    server.changes = changes
+    with pytest.raises(UserError) as caught:
+        fetch(category, tmp_path)
+    assert any(says in line for line in caught.value.details), caught.value.details
+    assert kept(tmp_path) == []
+    assert server.encodings == {"identity"}
+
+
+@pytest.mark.parametrize(
+    "other", [None, "bytes 0-737655/737656", "bytes 65536-737654/737656", "bytes 65536-737655/737657", "bytes */737656"]
+)
+def test_another_part_than_was_asked_for_is_not_appended(category, server, tmp_path, other):
+    server.cut = 100_000
+    with pytest.raises(UserError):
+        fetch(category, tmp_path)
+    server.changes = {"Content-Range": other}
+    with pytest.raises(UserError) as caught:
+        fetch(category, tmp_path)
+    assert "another part of the file" in caught.value.details[-1]
+    server.changes = {}
+    fetch(category, tmp_path)
+    assert server.asked[-1] == ""  # from the start
+    assert (tmp_path / "downloads" / NAME).read_bytes() == (GOLDEN / NAME).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", "http://[", "loop"])
+def test_redirects_lead_to_web_servers_only_and_end(category, server, tmp_path, target):
+    server.redirect = target
+    with pytest.raises(UserError) as caught:
+        fetch(category, tmp_path)
+    assert "cannot be fetched" in caught.value.details[-1] or "redirects to" in caught.value.details[-1]
+    assert kept(tmp_path) == []
+    assert len(server.asked) <= 12  # two files, each with five redirects
+
+
+def test_a_redirect_is_no_less_safe_than_the_registry():
+    safe = WeightFile("a", "https://example.org/a", 1, "free", "generator")
+    registry.check_redirect(safe, safe.url, "/b")
+    registry.check_redirect(safe, safe.url, "HTTPS://example.com/a")
+    with pytest.raises(UserError, match="which is not https"):
+        registry.check_redirect(safe, safe.url, "http://example.org/a")
+    plain = dataclasses.replace(safe, url="http://example.org/a")
+    registry.check_redirect(plain, plain.url, "http://example.com/a")
+    assert plain.plain_http
+    assert not safe.plain_http
+    assert {
+        file.name for files in registry.CATEGORY_FILES.values() for file in files if file.plain_http
+    } == {"encoder_epoch_20.pth", "decoder_epoch_20.pth"}  # fmt: skip
+
+
+def test_plain_http_is_said(category, tmp_path):
+    _, said = fetch(category, tmp_path)
+    assert "over plain http" in said[0]
+
+
+def test_two_downloads_at_once_wait_for_each_other(category, server, tmp_path):
+    server.delay = 0.2
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / f".{NAME}.lock").touch()  # of a process that was killed
+    said: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(get.get, category, None, tmp_path, roles=ROLES, notify=said.append) for _ in range(2)]
+    assert both[0].result() == both[1].result()
+    assert len(server.asked) == 2  # two files, once each
+    assert any(line.startswith("waiting for another download of") for line in said)
+    assert sum(line.startswith("converting") for line in said) == 1
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_cached_file_that_changes_is_an_error(category, tmp_path):
+    fetch(category, tmp_path)
+    path = tmp_path / "downloads" / NAME
+    data, status = path.read_bytes(), path.stat()
+    os.utime(path, (1, 1))  # another time, the same content
+    fetch(category, tmp_path)
+    assert json.loads((tmp_path / "downloads" / "hashes.json").read_text())[NAME]["modified"] == 10**9
+    for content, times in ((data[:-1], None), (data[:-1] + b"x", None), (data + b"x", (1, 1))):
+        path.write_bytes(content)
+        if times:
+            os.utime(path, times)
+        with pytest.raises(UserError, match="has changed since it was downloaded"):
+            fetch(category, tmp_path)
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    fetch(category, tmp_path)
+
+
+def test_verify_checks_the_hashes(category, tmp_path, capsys):
+    fetch(category, tmp_path)
+    direction = tmp_path / "downloads" / "edits" / "tests" / "up.npy"
+    assert [line for line in fetch(category, tmp_path, verify=True)[1]] == [
+        f"{NAME}: as it was downloaded", "up.npy: as it was downloaded",
+    ]  # fmt: skip
+    status = direction.stat()
+    direction.write_bytes(direction.read_bytes()[:-1] + b"\1")
+    os.utime(direction, ns=(status.st_atime_ns, status.st_mtime_ns))
+    fetch(category, tmp_path)  # not noticed
+    with pytest.raises(UserError, match=r"up\.npy has changed since it was downloaded"):
+        fetch(category, tmp_path, verify=True)
+    os.utime(direction)
+    with pytest.raises(UserError, match=r"up\.npy has changed"):
+        registry.find_edits(category, None, tmp_path)
+    with pytest.raises(SystemExit):
+        program.main(["get", "--help"])
+    assert "--verify" in capsys.readouterr().out
+
+
+def test_records_of_earlier_versions_are_completed(category, tmp_path):
+    fetch(category, tmp_path)
+    record = tmp_path / "downloads" / "hashes.json"
+    pins = json.loads(record.read_text())
+    record.write_text(json.dumps({key: pin["sha256"] for key, pin in pins.items()}))
+    fetch(category, tmp_path)
+    assert json.loads(record.read_text()) == pins
+    record.write_text("[1]")
+    with pytest.raises(UserError, match="is damaged"):
+        fetch(category, tmp_path)
 
 
 def test_the_users_directory_comes_first(category, server, tmp_path):
@@ -203,7 +362,7 @@ def test_another_network_under_the_name_is_an_error(category, server, tmp_path):
     (own / "tests").mkdir(parents=True)
     shutil.copy(server.folder / "up.npy", own / "tests")
     (own / NAME).write_bytes(b"\x80\x02}.")
-    with pytest.raises(UserError, match="not a checkpoint of a generator"):
+    with pytest.raises(UserError, match="generator"):
         fetch(category, tmp_path / "cache", weights=own)
 
 

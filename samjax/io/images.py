@@ -7,6 +7,7 @@ float32 in [-1, 1]; `to_float` and `to_uint8` convert between the two.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import math
 import os
@@ -14,14 +15,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from samjax.errors import UserError
-from samjax.io import files
+from samjax.io import decoding, files, folders
 
 Fit = Literal["stretch", "letterbox", "crop"]
 """How an image is fitted to another aspect ratio: stretched, padded with black bars, or cropped."""
@@ -30,7 +31,14 @@ MIN_SIDE = 8
 """Images with a shorter side are rejected: they are too small to invert."""
 
 MAX_PIXELS = 400_000_000
-"""Images with more pixels are rejected (20,000 x 20,000 is the largest square): decoding one takes up to 2 GB."""
+"""Images with more pixels are rejected; 20,000 x 20,000 is the largest square."""
+
+ALWAYS_READ = 51_000_000
+"""Images with more pixels are rejected if decoding them needs more than 400 MB and four times the file's size.
+
+What decoding needs depends on the format, see `decoding.memory`: grays, palettes, TIFF files in strips and JPEGs that
+are not progressive may have `MAX_PIXELS` whatever the file's size, and PNG files in color 100 million pixels.
+"""
 
 REDUCE_ABOVE = 32_000_000
 """Images with more pixels are reduced while being read, by the smallest whole factor that brings them below this."""
@@ -38,12 +46,16 @@ REDUCE_ABOVE = 32_000_000
 MAX_LABELS = 256
 """Segment files with more labels are rejected."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
-"""Formats that are read, by Pillow's names; none for which Pillow starts another program, as it does for EPS."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "HEIF")
+"""Formats that are read, by Pillow's names; none for which Pillow starts another program, as it does for EPS. HEIF, the
+format of HEIC files, only where pillow-heif is installed."""
 
 _READABLE = "PNG, JPEG, WebP, TIFF, GIF, BMP or AVIF"
 _ACCEPTED = "a path, a PIL image, or an array [height, width, 3] of uint8 or of floats in [-1, 1]"
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+_HEIF_HINT = "to read HEIC, pip install pillow-heif"
 _OUT_OF_RANGE = 1e-3  # by how much float images may exceed [-1, 1]
+_STRIP_PIXELS = 2_000_000  # that are converted at a time
 _PHOTOGRAPH_LABELS, _PHOTOGRAPH_EDGES = 32, 0.35
 
 Notify = Callable[[str], None]
@@ -58,9 +70,23 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNS_OF_ARRAYS: dict[Image.Transpose, Callable[[Uint8], Uint8]] = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda image: image[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda image: image[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda image: image[::-1],
+    Image.Transpose.TRANSPOSE: lambda image: image.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda image: np.rot90(image, 3),
+    Image.Transpose.TRANSVERSE: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    Image.Transpose.ROTATE_90: lambda image: np.rot90(image),
+}
 _QUARTER_TURNS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
 _opening = threading.Lock()
+
+
+def note(line: str, notify: Notify | None) -> None:
+    """Passes a line for the user to `notify`; without one it is a warning."""
+    (notify or _warn)(line)
 
 
 def _warn(note: str) -> None:
@@ -116,17 +142,41 @@ def _regular_file(path: str | Path) -> Path:
     return path
 
 
+def _formats() -> list[str]:
+    """The formats of `FORMATS` that this installation reads."""
+    Image.init()
+    if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _is_heif(path: Path) -> bool:
+    """Whether a file has the container of HEIC, which AVIF has too."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:] not in (b"avif", b"avis")
+
+
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[Image.Image]:
     """Opens the image in `path`: reads its header and checks its size, without decoding its pixels."""
     path = _regular_file(path)
     with _reading(path):
-        Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]
+        formats, heif = _formats(), _is_heif(path)
+        with path.open("rb") as file:
+            copy = decoding.without_texts(file)
         with _no_bomb_check():
-            image = Image.open(path, formats=formats)
+            try:
+                image = Image.open(path if copy is file else copy, formats=formats)
+            except UnidentifiedImageError as error:
+                if heif and "HEIF" not in formats:
+                    raise UserError(f"{path} is a HEIC image: {_HEIF_HINT}, or save it as {_READABLE}") from error
+                raise
         with image:
             _check_largest(image, path)
+            _check_memory(image, path)
             yield image
 
 
@@ -135,6 +185,18 @@ def _check_largest(image: Image.Image, name: str | Path) -> None:
     if width * height > MAX_PIXELS:
         raise UserError(
             f"{name} has {width:,} x {height:,} pixels; at most {MAX_PIXELS:,} can be read: make the image smaller"
+        )
+
+
+def _check_memory(image: Image.Image, path: Path) -> None:
+    """Raises a UserError for small files that would fill the memory."""
+    if image.width * image.height <= ALWAYS_READ or decoding.tiff_strips(image, 1, _STRIP_PIXELS) is not None:
+        return
+    needed, limit = decoding.memory(image), 400_000_000 + 4 * path.stat().st_size
+    if needed > limit:
+        raise UserError(
+            f"{path} has {image.width:,} x {image.height:,} pixels in {path.stat().st_size:,} bytes, and decoding it"
+            f" needs {needed // 10**6:,} MB: make the image smaller"
         )
 
 
@@ -174,7 +236,7 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _gray_scale(image: Image.Image) -> tuple[float, float]:
+def _gray_scale(image: Image.Image, strips: _Strips) -> tuple[float, float]:
     """The values of black and white in a gray image of more than 8 bits.
 
     16-bit images use their full range. Otherwise the values decide: integers up to 65,535 are taken as 16 bits, floats
@@ -183,9 +245,12 @@ def _gray_scale(image: Image.Image) -> tuple[float, float]:
     if image.mode.startswith("I;16"):
         return 0.0, 65535.0
     # Not `getextrema`, which is wrong where there are NaNs.
-    values = np.asarray(image)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    ends: list[float] = []
+    for strip in strips.read():
+        values = np.asarray(strip)
+        if (finite := values[np.isfinite(values)]).size:
+            ends += [float(finite.min()), float(finite.max())]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
     if low >= 0:
         for white in (65535.0,) if image.mode == "I" else (1.0, 255.0, 65535.0):
             if high <= white:
@@ -211,9 +276,9 @@ def _srgb_transform(image: Image.Image) -> Callable[[Image.Image], Image.Image] 
 class _Converter:
     """Converts the decoded `image`, or a part of it, from any mode to RGB; `notes` says what was lost."""
 
-    def __init__(self, image: Image.Image):
+    def __init__(self, image: Image.Image, strips: _Strips):
         self.notes: set[str] = set()
-        self._black, self._white = _gray_scale(image) if _is_wide(image) else (0.0, 255.0)
+        self._black, self._white = _gray_scale(image, strips) if _is_wide(image) else (0.0, 255.0)
         self._to_srgb = _srgb_transform(image)
 
     def __call__(self, part: Image.Image) -> Image.Image:
@@ -230,42 +295,82 @@ class _Converter:
         return part.convert("RGB") if self._to_srgb is None else self._to_srgb(part)
 
 
-def _decode(image: Image.Image) -> tuple[Image.Image, set[str]]:
-    """The current frame in RGB, upright, reduced if it is very large; and notes of what was changed."""
-    width, height = image.size
-    factor = max(1, math.ceil(math.sqrt(width * height / REDUCE_ABOVE)))
-    if factor > 1:
+def _factor(pixels: int) -> int:
+    """By how much an image of so many pixels is reduced in height and width."""
+    return max(1, math.ceil(math.sqrt(pixels / REDUCE_ABOVE)))
+
+
+def _decode(image: Image.Image) -> tuple[Uint8, set[str]]:
+    """The current frame in RGB [H, W, 3], upright, reduced if it is very large; and notes of what was changed."""
+    size = image.size
+    if _factor(math.prod(size)) > 1:
         # JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size, which saves time and memory.
-        image.draft("", (math.ceil(width / factor), math.ceil(height / factor)))
-        factor = max(1, math.ceil(math.sqrt(image.width * image.height / REDUCE_ABOVE)))
-    image.load()
-    turn, convert = _orientation(image), _Converter(image)
-    if factor == 1:
-        upright = convert(image)
-    else:
-        # In strips, so that no converted copy of the full size is needed.
-        rows = factor * max(1, 4_000_000 // (image.width * factor))
-        upright = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            upright.paste(convert(strip).reduce(factor), (0, top // factor))
+        factor = _factor(math.prod(size))
+        image.draft("", (math.ceil(size[0] / factor), math.ceil(size[1] / factor)))
+    factor = _factor(image.width * image.height)
+    # In strips, so that no converted copy of the full size is needed.
+    parts = decoding.tiff_strips(image, factor, _STRIP_PIXELS) if factor > 1 else None
+    if parts is None:
+        _load(image)
+    strips = _crops(image, factor) if parts is None else _Strips(*parts)
+    (width, height), turn, convert = strips.size, _orientation(image), _Converter(image, strips)
+    upright = np.empty((math.ceil(height / factor), math.ceil(width / factor), 3), np.uint8)
+    top = 0
+    for strip in strips.read():
+        part = np.asarray(convert(strip).reduce(factor))
+        upright[top : top + len(part)] = part
+        top += len(part)
     if turn is not None:
-        upright = upright.transpose(turn)
-    if upright.width * upright.height < width * height:
-        convert.notes.add(f"its {width:,} x {height:,} pixels are reduced to {upright.width:,} x {upright.height:,}")
+        upright = np.ascontiguousarray(_TURNS_OF_ARRAYS[turn](upright))
+    if upright.size < 3 * math.prod(size):
+        shown = f"{upright.shape[1]:,} x {upright.shape[0]:,}"
+        convert.notes.add(f"its {size[0]:,} x {size[1]:,} pixels are reduced to {shown}")
     return upright, convert.notes
+
+
+def _load(image: Image.Image) -> None:
+    """Decodes an image as a whole."""
+    if image.format in ("JPEG", "MPO") and getattr(image, "tile", None):
+        decoding.check_scans(image.fp)  # type: ignore[attr-defined]
+    # TIFF files have Pillow's limit when they are decoded, too.
+    with _no_bomb_check() if image.width * image.height > REDUCE_ABOVE else contextlib.nullcontext():
+        image.load()
+
+
+class _Strips(NamedTuple):
+    """An image as strips of full width, top to bottom.
+
+    Attributes:
+      size: (width, height) of the image, without its EXIF orientation.
+      read: returns the strips; each but the last has a number of rows that the image's reduction divides.
+    """
+
+    size: tuple[int, int]
+    read: Callable[[], Iterator[Image.Image]]
+
+
+def _crops(image: Image.Image, factor: int) -> _Strips:
+    """Strips of a decoded image."""
+    width, height = image.size
+    rows = factor * max(1, _STRIP_PIXELS // (width * factor))
+
+    def read() -> Iterator[Image.Image]:
+        for top in range(0, height, rows):
+            yield image.crop((0, top, width, min(top + rows, height)))
+
+    return _Strips(image.size, read)
 
 
 def _upright(image: Image.Image, name: str | Path) -> tuple[Uint8, list[str]]:
     """Decodes an open image, which messages call `name`, to uint8 [H, W, 3]; also notes of what was changed."""
     _check_smallest(*image.size, name)
     # The two images in an MPO file are two views of the same scene, not an animation.
-    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-    first = image.tell() == 0
+    # Not `n_frames`, for which Pillow walks through all of them.
+    several = image.format != "MPO" and getattr(image, "is_animated", False) and image.tell() == 0
     upright, notes = _decode(image)
-    if frames > 1 and first:
-        notes.add(f"the first of its {frames} frames is used")
-    return np.array(upright), [f"{name}: {note}" for note in sorted(notes)]
+    if several:
+        notes.add("the first of its frames is used")
+    return upright, [f"{name}: {note}" for note in sorted(notes)]
 
 
 def read_image(path: str | Path, *, notify: Notify = _warn) -> Uint8:
@@ -469,6 +574,13 @@ def fit_labels(
     return np.array(_resize(image, height, width, mode, Image.Resampling.NEAREST, fill))
 
 
+def to_gray(image: Uint8) -> Uint8:
+    """Images [..., H, W, 3] in gray, with three equal channels, by Pillow's luminance (ITU-R 601)."""
+    if image.ndim > 3:
+        return np.stack([to_gray(one) for one in image])
+    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+
+
 def to_float(image: Uint8) -> NDArray[np.float32]:
     """Converts uint8 to float32 in [-1, 1], with the rounding of the authors' `(x / 255 - 0.5) / 0.5`.
 
@@ -496,7 +608,7 @@ def to_uint8(image: ArrayLike) -> Uint8:
 
 
 def to_pil(image: ArrayLike) -> Image.Image:
-    """Converts an image, uint8 or floats in [-1, 1], [H, W, 3] or [H, W], to a PIL image.
+    """Converts an image, uint8 or floats in [-1, 1], [H, W], [H, W, 3] or [H, W, 4], to a PIL image.
 
     Floats outside [-1, 1] are clipped.
 
@@ -504,8 +616,8 @@ def to_pil(image: ArrayLike) -> Image.Image:
       ValueError: `image` has another shape or dtype, or contains NaNs.
     """
     array = np.asarray(image)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] != 3):
-        raise ValueError(f"expected an image [H, W, 3] or [H, W], not {list(array.shape)}")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise ValueError(f"expected an image [H, W], [H, W, 3] or [H, W, 4], not {list(array.shape)}")
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"expected uint8, or floats in [-1, 1], not {array.dtype}")
@@ -518,7 +630,7 @@ def save_png(path: str | Path, image: ArrayLike) -> None:
 
     Args:
       path: path of the file; an existing file is replaced.
-      image: uint8 or floats in [-1, 1], [H, W, 3] or [H, W].
+      image: uint8 or floats in [-1, 1], [H, W], [H, W, 3] or [H, W, 4].
 
     Raises:
       UserError: the file cannot be written; see `files.whole_file`.
@@ -635,7 +747,7 @@ def read_segments(
                 f"{path} has {columns} x {rows} pixels but the image has {image_size[1]} x {image_size[0]}: "
                 "give a segment file of the image's own size"
             )
-        image.load()
+        _load(image)
         turn = _orientation(image)
         upright = image if turn is None else image.transpose(turn)
         # Bars are added to the labels: black bars could match one of the colors.
@@ -663,22 +775,31 @@ def _is_not_labels(labels: NDArray[np.int32]) -> bool:
     return count > _PHOTOGRAPH_LABELS and bool(edges > _PHOTOGRAPH_EDGES)
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Suffixes of the files that `list_images` takes for images."""
+def list_images(directory: Path, *, notify: Notify = _warn) -> list[Path]:
+    """The images of a directory that `read_image` reads, by their suffixes; hidden files are passed over.
 
+    Args:
+      directory: of the images.
+      notify: called with a line about files with other suffixes; by default, issues a Python warning.
 
-def list_images(directory: Path) -> list[Path]:
-    """The images of a directory, sorted; label images, NAME_segments.png, are not among them.
+    Returns:
+      The paths, sorted; label images, NAME_segments.png, are not among them.
 
     Raises:
       UserError: there are none, or two names differ only in their suffixes, which the names of results lack.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: it must be a directory of images")
-    found = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES)
+    formats = _formats()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    found, others = folders.list_files(directory, suffixes)
     found = [path for path in found if not path.stem.endswith("_segments")]
+    if "HEIF" not in formats and any(f" {suffix}" in others for suffix in _HEIF_SUFFIXES):
+        others += f"; {_HEIF_HINT}"
     if not found:
-        raise UserError(f"{directory} holds no images ({', '.join(SUFFIXES)})")
+        raise UserError(f"{directory} holds no images ({_READABLE}){others and '; '}{others}")
+    if others:
+        notify(others)
     seen: dict[str, Path] = {}
     for path in found:
         if path.stem in seen:

@@ -2,7 +2,8 @@
 
 The cache, `cache_folder()`, has two parts: `downloads/` holds the files as they are distributed, with their hashes at
 the first download in `hashes.json`, and `converted/` the networks that `python -m ckpt_convert get` made of them. An
-interrupted download is resumed; a file gets its name only when it is complete.
+interrupted download is resumed; a file gets its name only when it is complete and of the size that its host states.
+Each time a cached file is used, its size and time of change must be the recorded ones, or else its hash.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from samjax.errors import UserError
 from samjax.io import files
+
+if TYPE_CHECKING:
+    import requests
 
 _SAM = "https://www.cs.cmu.edu/~SAMInversion/ckpt"
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2/networks"
@@ -57,6 +63,11 @@ class WeightFile:
     def size(self) -> str:
         """The size for people, such as "357 MB"."""
         return f"{self.megabytes:.0f} MB" if self.megabytes >= 1 else f"{1000 * self.megabytes:.0f} kB"
+
+    @property
+    def plain_http(self) -> bool:
+        """Whether its address is not https: then anyone between the host and here could change the file."""
+        return self.url.startswith("http:")
 
 
 def _edits(category: str, names: str) -> tuple[WeightFile, ...]:
@@ -171,11 +182,30 @@ def find_edits(category: str, weights: Path | None = None, cache: Path | None = 
 
     Returns:
       The directory that holds the first of the category's directions that is found, or None.
+
+    Raises:
+      UserError: a downloaded direction has changed since; see `verify`.
     """
     folders = [*([weights] if weights else []), (cache or cache_folder()) / "downloads"]
-    edits = (file for file in CATEGORY_FILES[category] if file.role == "edits")
+    edits = [file for file in CATEGORY_FILES[category] if file.role == "edits"]
     found = (find(file, category, folders) for file in edits)
-    return next((path.parent for path in found if path is not None), None)
+    directory = next((path.parent for path in found if path is not None), None)
+    for file in edits:
+        if directory == cached(file, category, cache).parent and cached(file, category, cache).is_file():
+            verify(file, category, cache)
+    return directory
+
+
+def cached(file: WeightFile, category: str, cache: Path | None = None) -> Path:
+    """The path of a file in the cache, whether it exists or not.
+
+    Args:
+      file: from `CATEGORY_FILES`.
+      category: the category it belongs to; edits of different categories may have the same name.
+      cache: default: `cache_folder()`.
+    """
+    folder = (cache or cache_folder()) / "downloads"
+    return folder / (f"edits/{category}" if file.role == "edits" else "") / file.name
 
 
 def converted(category: str, role: str, cache: Path | None = None) -> Path:
@@ -242,119 +272,272 @@ class _IncompleteDownload(OSError):
     """A download that ended early."""
 
 
+class _Pin(NamedTuple):
+    """What is recorded of a cached file: its hash, and its size in bytes and time of change in nanoseconds then.
+
+    The latter are None in records of earlier versions.
+    """
+
+    sha256: str
+    size: int | None = None
+    modified: int | None = None
+
+
+def _host_lies(file: WeightFile, what: str) -> UserError:
+    return UserError(f"{file.url} {what}: nothing was kept; download it with a browser, and give --weights")
+
+
+def check_redirect(file: WeightFile, source: str, target: str) -> None:
+    """Checks where a host sends a download.
+
+    Args:
+      file: the file.
+      source: the address that redirects.
+      target: where to, absolute or relative to `source`.
+
+    Raises:
+      UserError: it is neither https nor http, or it is http although the registry's address is not.
+    """
+    try:
+        scheme = urllib.parse.urlsplit(urllib.parse.urljoin(source, target)).scheme
+    except ValueError:
+        scheme = ""
+    if scheme not in (("https", "http") if file.plain_http else ("https",)):
+        raise _host_lies(file, f"redirects to {target[:80]!r}, which is not https")
+
+
+def _extent(file: WeightFile, response: requests.Response, have: int) -> tuple[int, int]:
+    """The first byte and the size of the whole file in a response, by its headers, checked against each other.
+
+    Args:
+      file: the file.
+      response: a successful response.
+      have: how many bytes are here already; only what follows was asked for.
+
+    Raises:
+      UserError: the size is not stated or far from the registry's, the file is encoded, or it is another part.
+    """
+    headers, stated = response.headers, file.megabytes * 1e6
+    if "text/html" in headers.get("Content-Type", ""):
+        raise UserError(f"{file.url} gave a web page instead of the file")
+    if (encoding := headers.get("Content-Encoding", "identity").lower()) != "identity":
+        raise _host_lies(file, f"is sent encoded ({encoding[:20]!r}), which was not asked for")
+    length = headers.get("Content-Length", "")
+    if "Transfer-Encoding" in headers or not re.fullmatch("[0-9]{1,15}", length):
+        raise _host_lies(file, "is sent without its length, so that a part could not be told from the whole")
+    first, size = 0, int(length)
+    if response.status_code != 200:
+        found = re.fullmatch("bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", headers.get("Content-Range", ""))
+        first, last, size = map(int, found.groups()) if found else (-1, 0, 0)
+        if response.status_code != 206 or (first, last + 1, size - first) != (have, size, int(length)):
+            raise _host_lies(file, "gave another part of the file than was asked for")
+    if not stated / 2 <= size <= 2 * stated:
+        raise _host_lies(file, f"has {size:,} bytes rather than about {file.size}")
+    return first, size
+
+
 class _Resuming:
     """A downloader for pooch that resumes an interrupted download, whose bytes are in `part`."""
 
-    def __init__(self, part: Path, label: str, progress: bool) -> None:
-        self.part, self.label, self.progress = part, label, progress
+    def __init__(self, file: WeightFile, part: Path, progress: bool) -> None:
+        self.file, self.part, self.progress = file, part, progress
+        self.state = part.with_suffix(".state")  # the ETag or date of the file
 
     def __call__(self, url: str, output_file: Any, _: Any) -> None:
         import requests
         from tqdm import tqdm
 
-        state = self.part.with_suffix(".state")  # the ETag or date of the file
-        have = self.part.stat().st_size if self.part.exists() and state.exists() else 0
-        headers = {"Range": f"bytes={have}-", "If-Range": state.read_text()} if have else {}
-        with requests.get(url, headers=headers, stream=True, timeout=60) as response:
+        have = self.part.stat().st_size if self.part.exists() and self.state.exists() else 0
+        with requests.Session() as session:
+            session.max_redirects = 5
+            response = self._ask(session, url, have)
             if response.status_code == 416:  # the part was complete, or the file has changed: start again
-                have = 0
                 response.close()
-                response = requests.get(url, stream=True, timeout=60)
-            response.raise_for_status()
-            have = have if response.status_code == 206 else 0
-            if "text/html" in response.headers.get("Content-Type", ""):
-                raise UserError(f"{url} gave a web page instead of the file")
-            state.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-            if not state.read_text():
-                state.unlink()  # without it a changed file could not be detected: not resumed
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with (
-                self.part.open("ab" if have else "wb") as out,
-                tqdm(
-                    desc=self.label, total=total, initial=have, unit="B", unit_scale=True, disable=not self.progress
-                ) as bar,
-                contextlib.suppress(requests.exceptions.ChunkedEncodingError, requests.ConnectionError),
-            ):
-                for chunk in response.iter_content(2**16):
-                    out.write(chunk)
-                    bar.update(len(chunk))
+                response = self._ask(session, url, 0)
+            with response:
+                response.raise_for_status()
+                try:
+                    have, total = _extent(self.file, response, have)
+                except UserError:
+                    self._forget()
+                    raise
+                self.state.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+                if not self.state.read_text():
+                    self.state.unlink()  # without it a changed file could not be detected: not resumed
+                with (
+                    self.part.open("ab" if have else "wb") as out,
+                    tqdm(
+                        desc=self.file.name, total=total, initial=have, unit="B", unit_scale=True,
+                        disable=not self.progress,
+                    ) as bar,
+                    contextlib.suppress(requests.exceptions.ChunkedEncodingError, requests.ConnectionError),
+                ):  # fmt: skip
+                    for chunk in response.iter_content(2**16):
+                        out.write(chunk)
+                        bar.update(len(chunk))
         size = self.part.stat().st_size
-        if size != total and total is not None:
+        if size != total:
             raise _IncompleteDownload(
                 f"only {size:,} of {total:,} bytes arrived; they are kept, and the same command resumes"
             )
         os.replace(self.part, output_file)
-        state.unlink(missing_ok=True)
+        self._forget()
+
+    def _ask(self, session: requests.Session, url: str, have: int) -> requests.Response:
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers |= {"Range": f"bytes={have}-", "If-Range": self.state.read_text()}
+        return session.get(url, headers=headers, stream=True, timeout=60, hooks={"response": self._check})
+
+    def _check(self, response: requests.Response, **_: Any) -> None:
+        if response.is_redirect:
+            check_redirect(self.file, response.url, response.headers["Location"])
+
+    def _forget(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
 
 
-def _read_hashes(path: Path) -> dict[str, str]:
+def _read_pins(path: Path) -> dict[str, _Pin]:
     try:
         found = json.loads(path.read_text("utf-8"))
+        return {key: _Pin(pin) if isinstance(pin, str) else _Pin(**pin) for key, pin in found.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: delete it, and the downloads beside it") from error
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise UserError(f"{path} is damaged: delete it, and the downloads beside it")
-    return found
 
 
-def download(file: WeightFile, category: str, cache: Path, *, progress: bool = True) -> Path:
-    """Downloads a file into the cache, unless it is there.
+def _pin(path: Path, downloads: Path, sha256: str) -> None:
+    """Records the hash, size and time of change of the cached file `path`.
 
-    Its hash must be the stated one, or if none is stated, the one of its first download.
+    Raises:
+      UserError: the record cannot be written.
+    """
+    record, status = downloads / "hashes.json", path.stat()
+    with files.locked(downloads / ".hashes.lock", wait=lambda: None):
+        pins = _read_pins(record) | {_key(path, downloads): _Pin(sha256, status.st_size, status.st_mtime_ns)}
+        files.write_json(record, {key: pin._asdict() for key, pin in pins.items()})
+
+
+def _key(path: Path, downloads: Path) -> str:
+    return path.relative_to(downloads).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def verify(file: WeightFile, category: str, cache: Path | None = None, *, full: bool = False) -> None:
+    """Checks that a file in the cache is the one that was downloaded.
+
+    Its size and time of change must be the recorded ones. If one of them has changed, its hash must be the recorded
+    one, which then is recorded with them. The first hash of a file that was put there by hand counts.
 
     Args:
       file: from `CATEGORY_FILES`.
-      category: the category it belongs to; edits of different categories may have the same name.
+      category: the category it belongs to.
+      cache: default: `cache_folder()`.
+      full: whether to check the hash in any case.
+
+    Raises:
+      UserError: it has another hash, or it cannot be read.
+    """
+    path = cached(file, category, cache)
+    downloads = (cache or cache_folder()) / "downloads"
+    pin = _read_pins(downloads / "hashes.json").get(_key(path, downloads))
+    try:
+        status = path.stat()
+        known = pin is not None and pin[1:] == (status.st_size, status.st_mtime_ns)
+        if known and not full:
+            return
+        found = _sha256(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    expected = file.sha256 or (pin.sha256 if pin else found)
+    if found != expected:
+        raise UserError(
+            f"{path} has changed since it was downloaded (expected sha256 {expected}, found {found}): delete it, and"
+            f" fetch it again with `python -m ckpt_convert get {category}`"
+        )
+    if not known:
+        with contextlib.suppress(UserError):  # a cache that may only be read
+            _pin(path, downloads, found)
+
+
+def download(
+    file: WeightFile,
+    category: str,
+    cache: Path,
+    *,
+    progress: bool = True,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Downloads a file into the cache, unless it is there.
+
+    Its hash must be the stated one, or if none is stated, the one of its first download. If another process is
+    downloading the file, this waits for it.
+
+    Args:
+      file: from `CATEGORY_FILES`.
+      category: the category it belongs to.
       cache: see `cache_folder`.
       progress: whether to show a progress bar.
+      notify: called with a line of text if there is something to wait for.
 
     Returns:
       Its path.
 
     Raises:
-      UserError: if its host cannot be reached or lacks it, its hash has changed, or it cannot be written.
+      UserError: its host cannot be reached, lacks it, does not state its size, or gives something else; its hash has
+        changed; or it cannot be written.
     """
-    folder = cache / "downloads" / (f"edits/{category}" if file.role == "edits" else "")
-    path, record = folder / file.name, cache / "downloads" / "hashes.json"
-    key = path.relative_to(cache / "downloads").as_posix()
+    path = cached(file, category, cache)
     if path.is_file():
         return path
     if file.by_hand:
         raise UserError(f"{file.name} can be downloaded from {file.url} with a browser only: save it as {path}")
-    hashes = _read_hashes(record)
-    expected = file.sha256 or hashes.get(key)
+    files.output_directory(path.parent)
+    try:
+        with files.locked(
+            path.with_name(f".{file.name}.lock"), wait=lambda: notify(f"waiting for another download of {file.name}")
+        ):
+            if not path.is_file():  # the other one may have failed
+                _download(file, path, cache / "downloads", progress)
+    except OSError as error:
+        raise UserError(f"{file.url} cannot be fetched: {_reason(error)}") from error
+    return path
+
+
+def _download(file: WeightFile, path: Path, downloads: Path, progress: bool) -> None:
     import pooch
     import requests
 
-    files.output_directory(folder)
-    get = _Resuming(folder / f"{file.name}.part", file.name, progress)
+    record, key = downloads / "hashes.json", _key(path, downloads)
+    pin = _read_pins(record).get(key)
+    expected = file.sha256 or (pin.sha256 if pin else None)
+    get = _Resuming(file, path.with_name(f"{file.name}.part"), progress)
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel("ERROR")  # it would print the hash of every file
     try:
-        pooch.retrieve(file.url, f"sha256:{expected}" if expected else None, file.name, folder, downloader=get)  # type: ignore[arg-type]
+        pooch.retrieve(file.url, f"sha256:{expected}" if expected else None, file.name, path.parent, downloader=get)  # type: ignore[arg-type]
+    except (requests.RequestException, requests.packages.urllib3.exceptions.HTTPError) as error:  # type: ignore[attr-defined]
+        raise UserError(f"{file.url} cannot be fetched: {_reason(error)}") from error
     except ValueError as error:
         raise UserError(
             f"{file.url} has changed (expected sha256 {expected}): nothing was kept; if the change"
             f" is intended, delete {key} from {record}"
         ) from error
-    except (requests.RequestException, OSError) as error:
-        raise UserError(f"{file.url} cannot be fetched: {_reason(error)}") from error
     finally:
         logger.setLevel(level)
-    if not expected:
-        with path.open("rb") as opened:
-            hashes[key] = hashlib.file_digest(opened, "sha256").hexdigest()
-        try:
-            files.write_json(record, hashes)
-        except UserError:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise
-    return path
+    try:
+        _pin(path, downloads, expected or _sha256(path))
+    except UserError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _reason(error: Exception) -> str:
