@@ -24,7 +24,7 @@ from pathlib import Path
 
 import jax
 
-from ckpt_convert import directions, get
+from ckpt_convert import get
 from samjax import cli, evaluation
 from samjax.config import Options
 from samjax.io import files
@@ -53,12 +53,10 @@ class Arguments(Options):
 def main(args: Arguments) -> None:
     examples = evaluation.load_examples(args, args.images, args.scenes, args.scene_seed)
     given = args.images is None
-    sam = evaluation.load(
-        get.prepare(args, segmenter=not given), segments_given=given, read_directions=directions.read_folder
-    )
+    sam = evaluation.load(get.prepare(args, segmenter=not given), segments_given=given)
     direction = evaluation.load_direction(sam, args.edit)
     thresholds = args.thresholds or (sam.category.threshold,)
-    folder = files.output_directory(args.output_path)
+    folder = cli.output_directory(args.output_path)
 
     evaluate = functools.partial(
         evaluation.evaluate, sam, thresholds=thresholds, direction=direction, strength=args.edit_strength

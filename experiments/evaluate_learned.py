@@ -46,7 +46,7 @@ def main(args: Arguments) -> None:
     options = dataclasses.replace(args, start="encoder", invertibility="predicted", generate_edits=False)
     given = args.images is None
     predicting, measuring = evaluation.load_learned(get.prepare(options, segmenter=not given), segments_given=given)
-    folder = files.output_directory(args.output_path)
+    folder = cli.output_directory(args.output_path)
 
     evaluate = functools.partial(evaluation.evaluate_learned, predicting, measuring)
     threshold = measuring.category.threshold

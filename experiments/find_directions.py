@@ -30,10 +30,12 @@ import numpy as np
 import tqdm
 
 from samjax import cli, demo, directions, generation
+from samjax.config import check_generator
 from samjax.directions import Directions, Styles
 from samjax.errors import UserError
 from samjax.io import checkpoints, files, images, weights
 from samjax.io.checkpoints import LoadedNetwork
+from samjax.nets import stylegan2
 from samjax.report.directions import DirectionRow, directions_sheet
 
 Method = Literal["ganspace", "sefa", "supervised"]
@@ -58,6 +60,8 @@ class Arguments:
     """For supervised: FILE.py:NAME, a function that scores images; the file is run."""
     scored: int = 500
     """Number of images that the scorer gets."""
+    class_idx: int | None = None
+    """Class of the images, for a generator with classes. Default: all classes."""
     name: str | None = None
     """Name of the files. Default: the method, or the name of the file of scores or of the scorer."""
     samples: int = 20_000
@@ -94,7 +98,9 @@ def find(
         return directions.ganspace(styles, count=args.count)
     if method == "sefa":
         return directions.sefa(config, params, styles, layers=layers, count=args.count)
-    ws, scores = directions.scored_styles(config, params, args.scores, args.scorer, args.scored)
+    ws, scores = directions.scored_styles(
+        config, params, args.scores, args.scorer, args.scored, class_idx=args.class_idx
+    )
     try:
         return directions.fit(ws, scores, styles)
     except ValueError as error:
@@ -104,15 +110,21 @@ def find(
 def main(args: Arguments) -> None:
     check(args)
     generator = demo.load_generator() if args.generator is None else checkpoints.load_generator(args.generator)
+    check_generator(generator.config, args.class_idx)
+    if generator.config.c_dim and args.class_idx is None:
+        cli.note(f"the generator has {generator.config.c_dim} classes: directions are of all; --class_idx chooses one")
+    generator = LoadedNetwork(*stylegan2.as_rgb(generator.config, generator.params), generator.manifest)
     config, params, manifest = generator
     method: Method = args.method or ("supervised" if args.scores or args.scorer else "ganspace")
     layers = directions.parse_layers(args.layers, config.num_ws)
-    folder = files.output_directory(args.output_path)
-    styles = directions.sample_styles(config, params, key=jax.random.key(args.seed), samples=args.samples)
+    folder = cli.output_directory(args.output_path)
+    styles = directions.sample_styles(
+        config, params, key=jax.random.key(args.seed), samples=args.samples, class_idx=args.class_idx
+    )
     found = find(args, method, layers, generator, styles)
 
     given = args.scores.stem if args.scores else args.scorer.rpartition(":")[2] if args.scorer else method
-    name = args.name or given
+    name = files.safe_name(args.name or given)
     notes = {
         "method": method,
         "layers": args.layers or f"0-{config.num_ws - 1}",
@@ -122,7 +134,7 @@ def main(args: Arguments) -> None:
         "seed": args.seed,
     }
     lpips_params = weights.load_lpips("alex")
-    ws = directions.seed_styles(config, params, range(args.images), args.truncation_psi)
+    ws = directions.seed_styles(config, params, range(args.images), args.truncation_psi, class_idx=args.class_idx)
     rows = []
     for i, (vector, value) in enumerate(tqdm.tqdm(list(zip(*found, strict=True)), unit="direction")):
         title = name if len(found.values) == 1 else f"{name}_{i:02d}"

@@ -21,6 +21,7 @@ import numpy as np
 import tqdm
 
 from samjax import cli, demo, generation
+from samjax.config import check_class
 from samjax.errors import UserError
 from samjax.io import checkpoints, files, images
 from samjax.nets.stylegan2 import Noise
@@ -35,13 +36,13 @@ class Arguments:
     seeds: str | None = None
     """Seeds and ranges of seeds, such as 0-7,12. Default: 0-7."""
     ws: Path | None = None
-    """Styles instead of seeds: a .npy file of floats, (N, num_ws, w_dim) or (num_ws, w_dim)."""
+    """Codes in W or W+ instead of seeds: a .npy, .npz, .safetensors, .pt, .pth or .pkl file."""
     truncation_psi: float = 1.0
     """How far a style goes from the mean style (0) to its own (1); below 1 images vary less and look better."""
     truncation_cutoff: int | None = None
     """How many of the first styles are truncated. Default: all."""
     class_idx: int | None = None
-    """Class to draw, for generators with classes."""
+    """Class to draw, for a generator with classes. Default: seeds take all classes in turn."""
     noise: Noise = "const"
     """Fine structure: stored with the generator, none, or random (drawn from the seed)."""
     batch_size: int = 4
@@ -64,10 +65,12 @@ def main(args: Arguments) -> None:
     check(args)
     loaded = demo.load_generator() if args.generator is None else checkpoints.load_generator(args.generator)
     config, channels = loaded.config, loaded.config.img_channels
-    if channels not in (1, 3):
-        raise UserError(f"this generator makes images of {channels} channels; a PNG has 1 or 3")
+    if channels not in (1, 3, 4):
+        raise UserError(f"this generator draws images of {channels} channels; a PNG has 1, 3 or 4")
     if args.ws is None:
-        generation.check_class(config, args.class_idx)
+        check_class(config, args.class_idx)
+        if config.c_dim and args.class_idx is None:
+            cli.note(f"the generator has {config.c_dim} classes, which seeds take in turn; --class_idx chooses one")
         ws, seeds = None, generation.parse_seeds("0-7" if args.seeds is None else args.seeds)
     else:
         ws = generation.read_ws(args.ws, config)
@@ -76,7 +79,7 @@ def main(args: Arguments) -> None:
         raise UserError(f"--truncation_cutoff must lie between 0 and this generator's {config.num_ws} styles")
     names = [f"{'seed' if ws is None else 'ws'}{seed:04d}" for seed in seeds]
 
-    folder = files.output_directory(args.output_path)
+    folder = cli.output_directory(args.output_path)
     grid = generation.Grid(len(names), config.img_resolution)
     batches = generation.draw_batches(
         config, loaded.params, seeds, ws=ws, truncation_psi=args.truncation_psi,

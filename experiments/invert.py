@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt_convert import directions, get
+from ckpt_convert import get
 from samjax import cli, demo, driver, report
 from samjax.config import Options
 from samjax.driver import OnProgress, Progress
@@ -68,9 +68,8 @@ def main(args: Arguments) -> None:
         segments_given=segments is not None,
         max_batch_size=16 if args.sweep_thresholds else 8,
         notify=lambda line: print(line, flush=True),
-        read_directions=directions.read_folder,
     )
-    folder = files.output_directory(args.output_path / path.stem)
+    folder = cli.output_directory(args.output_path / files.safe_name(path.stem))
     print(f"{path.name} -> {folder}", flush=True)
     names = demo.SEGMENT_NAMES if segments is not None and segments.parent == demo.SAMPLES else {}
     analysis = sam.analyze(path, segments=segments, segment_names=names, directory=folder)

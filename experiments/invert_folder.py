@@ -31,6 +31,7 @@ class Arguments(ProcessOptions, DirectoryOptions):
 def main(args: Arguments) -> None:
     runtime.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     prepared = get.prepare(args.pipeline_options(), segmenter=False)
+    cli.output_directory(args.output_path)
     paths = {"gan_weights": prepared.gan_weights, "e4e_path": prepared.e4e_path}
     result = invert_directory(dataclasses.replace(args, **paths))
     for path, reason in result.failed.items():

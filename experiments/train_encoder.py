@@ -30,6 +30,7 @@ class Arguments(ProcessOptions, EncoderOptions):
 def main(args: Arguments) -> None:
     runtime.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     prepared = get.prepare(args.pipeline_options(), segmenter=False)
+    cli.output_directory(args.output_folder)
     directory = train_encoder(dataclasses.replace(args, gan_weights=prepared.gan_weights))
     print(f"encoder: {directory}")
 

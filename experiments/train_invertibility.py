@@ -36,6 +36,7 @@ def main(args: Arguments) -> None:
     segmenter = args.segmenter_name()
     if segmenter not in CLASSICAL_SEGMENTERS and jax.process_index() == 0:
         get.get(segmenter_category(segmenter), args.weights, roles=("segmenter",), fetch=False, notify=print)
+    cli.output_directory(args.output_folder)
     directory = train_predictor(args)
     print(f"predictor: {directory}")
 

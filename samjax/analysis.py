@@ -47,6 +47,7 @@ class Analysis:
       singles: the inversions in each layer alone by which the maps were measured: "latent_W+" [L, num_ws, w_dim],
         "latent_F4" [L, 16, 16, C], ..., "terms" [6, steps, L], the loss terms, and "seconds", the time of each;
         empty if the maps were predicted.
+      ws_from: "given", or how `ws` was found: "mean", "best" or "encoder".
     """
 
     name: str
@@ -59,6 +60,7 @@ class Analysis:
     layers: tuple[str, ...]
     maps: np.ndarray
     singles: Mapping[str, np.ndarray]
+    ws_from: str = "mean"
 
     def full_size(self, image: np.ndarray) -> np.ndarray:
         """A generator's image [R, R, 3] without the rows that letterboxing added; see `losses.full_size`."""
@@ -237,6 +239,7 @@ def _candidates(
     features: tuple[Array, ...],
     target: Array,
     z: Array,
+    labels: Array | None,
     psi: Array,
     size: int,
     net: lpips.Net,
@@ -244,8 +247,8 @@ def _candidates(
 ) -> tuple[Array, Array]:
     """Styles [B, num_ws, w_dim] of z, truncated to the mean style, and their images' LPIPS to every target [N, B]."""
     with jax.default_matmul_precision(precision):
-        c = jnp.zeros((z.shape[0], config.c_dim)) if config.c_dim else None
-        ws = networks.prior.mean_w + psi * (stylegan2.map_z(config, networks.generator, z, c) - networks.prior.mean_w)
+        mapped = stylegan2.map_z(config, networks.generator, z, labels)
+        ws = networks.prior.mean_w + psi * (mapped - networks.prior.mean_w)
         images = losses.comparable(stylegan2.synthesize(config, networks.generator, ws).image, size, *target.shape[1:3])
         found = lpips.features(networks.lpips, images, net)
 
@@ -265,6 +268,7 @@ def start_latents(
     kind: Literal["mean", "best"] = "mean",
     samples: int = 256,
     truncation_psi: float = 0.7,
+    class_idx: int | None = None,
     key: Array | None = None,
     batch_size: int = 8,
 ) -> np.ndarray:
@@ -278,6 +282,7 @@ def start_latents(
       kind: "mean", or "best" of `samples` by LPIPS (the mean style is one of them).
       samples: number of mapped z to try.
       truncation_psi: 1 samples the generator's whole range; smaller values stay closer to the mean style.
+      class_idx: class of the samples of a conditional generator; classes drawn uniformly if None.
       key: random key, for "best".
       batch_size: sampled images in one pass.
 
@@ -300,12 +305,14 @@ def start_latents(
     features = target_features(networks.lpips, jnp.asarray(targets), config.lpips_type, config.matmul_precision)
     best, chosen = np.full(count, np.inf), np.array(mean)
     for first in range(0, samples, batch_size):
-        z = jax.random.normal(jax.random.fold_in(key, first), (batch_size, generator.z_dim))
+        own = jax.random.fold_in(key, first)
+        z = jax.random.normal(own, (batch_size, generator.z_dim))
+        labels = stylegan2.draw_labels(generator, batch_size, class_idx, key=jax.random.fold_in(own, 1))
         # With psi = 0, the very first sample is the mean style itself.
         psi = np.full((batch_size, 1, 1), truncation_psi, np.float32)
         psi[0] *= first > 0
         ws, distances = _candidates(
-            generator, networks, features, targets, z, jnp.asarray(psi), size, config.lpips_type,
+            generator, networks, features, targets, z, labels, jnp.asarray(psi), size, config.lpips_type,
             config.matmul_precision,
         )  # fmt: skip
         distances = np.asarray(distances)[:, : samples - first]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from samjax.errors import UserError
 
 Args = TypeVar("Args")
+
+_until_the_end: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("stack", default=None)
 
 
 def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
@@ -23,7 +28,9 @@ def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
 
     runtime.configure()
     try:
-        main(args)
+        with contextlib.ExitStack() as stack:
+            _until_the_end.set(stack)
+            main(args)
     except UserError as error:
         print(f"error: {error.shown}", file=sys.stderr)
         sys.exit(2)
@@ -34,3 +41,32 @@ def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; finished outputs are kept, run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _until_the_end.set(None)
+
+
+def note(line: str) -> None:
+    """Prints a line for the user to standard error."""
+    print(line, file=sys.stderr)
+
+
+def output_directory(path: str | Path) -> Path:
+    """Creates the directory of a program's results, and keeps other programs out of it until this one ends.
+
+    Of several processes of one program, the first does so for all. Outside of `run`, this is `files.output_directory`.
+
+    Returns:
+      `path`, as given.
+
+    Raises:
+      UserError: it cannot be used, or another program uses it; at the program's end, if results have been removed. See
+        `files.exclusive_directory`.
+    """
+    import jax
+
+    from samjax.io import files
+
+    stack = _until_the_end.get()
+    if stack is None or jax.process_index() > 0:
+        return files.output_directory(path)
+    return stack.enter_context(files.exclusive_directory(path))

@@ -126,7 +126,7 @@ class Category:
       threshold_range: lowest and highest threshold of a sweep.
       segmenter: how segments are found unless a label image is given: by a classical method, or a network.
       invertibility: where error maps come from: a short inversion in each layer, or the predictor.
-      start: where W+ starts: the mean style, the best of some samples, or the encoder's code.
+      start: where W+ starts: the mean style, the best of some samples, the encoder's code, or a code that is given.
       config: default settings of its inversions.
       official: whether the authors of SAM distribute networks for it.
     """
@@ -138,7 +138,7 @@ class Category:
     threshold_range: tuple[float, float] = (0.1, 0.4)
     segmenter: Segmenter = "felzenszwalb"
     invertibility: Invertibility = "measured"
-    start: Start = "mean"
+    start: Start | Literal["given"] = "mean"
     config: InversionConfig = InversionConfig()
     official: bool = False
 
@@ -210,6 +210,9 @@ class Options:
     `python -m ckpt_convert get`."""
     gan_weights: Path | None = None
     """A generator, converted or as distributed. Default: the category's."""
+    class_idx: int | None = None
+    """Class of the images, for a generator with classes; the mean style and the prior are then those of the class.
+    Default: those of all classes."""
     e4e_path: Path | None = None
     """An e4e encoder, converted or as distributed. Default: the category's."""
     inv_model_path: Path | None = None
@@ -226,6 +229,9 @@ class Options:
     start: Start | None = None
     """Where W+ starts: at the mean style, at the best of 256 samples by LPIPS, or at the encoder's code. Default: the
     category's, or encoder with e4e_path."""
+    start_latent: Path | None = None
+    """Codes in W or W+ at which W+ starts instead: the only code of a .npy, .npz, .safetensors, .pt, .pth or .pkl file,
+    or the one that has the name of the image."""
     latent_names: str | None = None
     """Candidate latent layers, separated by commas. Default: all of W+,F4,F6,F8,F10 that the generator has."""
     fit: Fit = "stretch"
@@ -276,8 +282,11 @@ class Options:
     generate_edits: bool | None = None
     """Applies the directions in edits_folder. Default: whenever there are any."""
     edits_folder: Path | None = None
-    """A directory of directions: .npy, .npz, .safetensors, or .pt (InterFaceGAN's, and the first eight components of
-    GANSpace's). Default: the category's."""
+    """A directory of directions: .npy, .npz, .safetensors, .pt, .pth or .pkl files, as samjax and other programs write
+    them. Default: the category's."""
+    components: tuple[str, ...] = ()
+    """Components of GANSpace's and SeFa's files, each with the styles on which it acts, such as 0:0-5 16:3-6 22:9-11. A
+    range ends before its second number, as in e4e's editor. Default: the first eight, on all styles."""
     edit_strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0)
     """Strengths of the edits: multiples of each direction."""
 
@@ -307,7 +316,10 @@ def resolve_category(
     category = known or Category.for_resolution(256)
     # The demo's encoder and predictor were trained for the demo's generator only.
     learned = known if category.official or not generator else None
+    if options.start_latent is not None and (options.start is not None or encoder):
+        raise UserError("--start_latent replaces --start and --e4e_path: leave them out")
     start = options.start or ("encoder" if encoder else learned.start if learned else "mean")
+    start = "given" if options.start_latent is not None else start
     maps = options.invertibility or ("predicted" if predictor else learned.invertibility if learned else "measured")
     for wanted, given, flag in (
         (start == "encoder", encoder, "--start encoder needs --e4e_path"),
@@ -369,6 +381,32 @@ class Settings:
     measure_steps: int
 
 
+def check_generator(generator: StyleGAN2Config, class_idx: int | None) -> None:
+    """Checks that samjax can invert with a generator, and that it has a class, if one is given.
+
+    Raises:
+      UserError: it cannot, or the class is missing.
+    """
+    if generator.img_channels not in (1, 3):
+        raise UserError(
+            f"this generator draws images of {generator.img_channels} channels; samjax inverts with generators of RGB"
+            " and of gray images only"
+        )
+    check_class(generator, class_idx)
+
+
+def check_class(generator: StyleGAN2Config, class_idx: int | None) -> None:
+    """Checks that a generator has a class, if one is given.
+
+    Raises:
+      UserError: it does not.
+    """
+    if class_idx is not None and not generator.c_dim:
+        raise UserError("this generator has no classes: leave --class_idx out")
+    if class_idx is not None and not 0 <= class_idx < generator.c_dim:
+        raise UserError(f"--class_idx {class_idx}: this generator has the classes 0 to {generator.c_dim - 1}")
+
+
 def resolve(
     options: Options,
     generator: StyleGAN2Config,
@@ -387,13 +425,14 @@ def resolve(
       devices: number of devices over which each batch is divided.
 
     Raises:
-      UserError: values out of range, layers that the generator does not have, or a generator whose images do not have
-        the category's size.
+      UserError: values out of range, layers or a class that the generator does not have, or a generator whose images do
+        not have the category's size, or are neither RGB nor gray.
 
     >>> settings = resolve(Options(preset="fast", lr=0.1), StyleGAN2Config(256))
     >>> settings.category.name, settings.config.num_opt_steps, settings.config.lr
     ('demo', 340, 0.1)
     """
+    check_generator(generator, options.class_idx)
     category = category or resolve_category(options)
     made = generator.img_resolution
     if category.name not in CATEGORIES:

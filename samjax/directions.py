@@ -76,7 +76,7 @@ def sample_styles(
     *,
     key: Array,
     samples: int = 20_000,
-    c: ArrayLike | None = None,
+    class_idx: int | None = None,
     batch_size: int = 5_000,
 ) -> Styles:
     """Maps many z to W.
@@ -86,15 +86,15 @@ def sample_styles(
       params: its parameters.
       key: random key of the z.
       samples: number of z.
-      c: [c_dim] label for all z, for conditional generators; zeros if None.
+      class_idx: class of all z, for a conditional generator; classes drawn uniformly if None.
       batch_size: z in one pass.
     """
     parts = []
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
-        z = jax.random.normal(jax.random.fold_in(key, first), (count, config.z_dim))
-        label = jnp.zeros(config.c_dim) if c is None else jnp.asarray(c, jnp.float32)
-        labels = jnp.broadcast_to(label, (count, config.c_dim)) if config.c_dim else None
+        own = jax.random.fold_in(key, first)
+        z = jax.random.normal(own, (count, config.z_dim))
+        labels = stylegan2.draw_labels(config, count, class_idx, key=jax.random.fold_in(own, 1))
         with jax.default_matmul_precision("highest"):
             parts.append(np.asarray(stylegan2.map_z(config, params, z, labels)[:, 0]))
     ws = np.concatenate(parts)
@@ -290,11 +290,19 @@ def spread_over(vector: ArrayLike, config: StyleGAN2Config, layers: tuple[int, i
 
 
 def seed_styles(
-    config: StyleGAN2Config, params: Params, seeds: Sequence[int], truncation_psi: float = 1.0
+    config: StyleGAN2Config,
+    params: Params,
+    seeds: Sequence[int],
+    truncation_psi: float = 1.0,
+    *,
+    class_idx: int | None = None,
 ) -> np.ndarray:
-    """Styles [N, num_ws, w_dim] of the z that `generation.random_z` draws; of the first class, if there are classes."""
+    """Styles [N, num_ws, w_dim] of seeds, as `generation.draw_batches` draws them."""
     z = [generation.random_z(seed, config.z_dim) for seed in seeds]
-    return generation.styles(config, params, np.reshape(z, (-1, config.z_dim)), truncation_psi=truncation_psi)
+    classes = generation.seed_classes(config, seeds, class_idx)
+    return generation.styles(
+        config, params, np.reshape(z, (-1, config.z_dim)), truncation_psi=truncation_psi, classes=classes
+    )
 
 
 def read_scores(path: Path) -> tuple[list[int], np.ndarray]:
@@ -375,7 +383,13 @@ def score(
 
 
 def scored_styles(
-    config: StyleGAN2Config, params: Params, scores: Path | None, scorer: str | None, count: int
+    config: StyleGAN2Config,
+    params: Params,
+    scores: Path | None,
+    scorer: str | None,
+    count: int,
+    *,
+    class_idx: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Styles and their scores, for `fit`.
 
@@ -385,6 +399,7 @@ def scored_styles(
       scores: a file for `read_scores`.
       scorer: a function for `load_scorer`, instead.
       count: number of images that the scorer gets, from seed 0 on.
+      class_idx: see `generation.draw_batches`.
 
     Returns:
       Styles [N, w_dim] and scores [N].
@@ -394,10 +409,10 @@ def scored_styles(
     """
     if scores is not None and scorer is None:
         seeds, given = read_scores(scores)
-        return seed_styles(config, params, seeds)[:, 0], given
+        return seed_styles(config, params, seeds, class_idx=class_idx)[:, 0], given
     if scorer is not None and scores is None:
         function = load_scorer(scorer)
-        ws = seed_styles(config, params, range(count))
+        ws = seed_styles(config, params, range(count), class_idx=class_idx)
         return ws[:, 0], score(function, config, params, ws)
     raise UserError("--method supervised takes --scores, a CSV file with seed and score, or --scorer FILE.py:NAME")
 

@@ -25,7 +25,6 @@ from samjax.config import Options, resolve_category, with_preset
 from samjax.driver import Progress
 from samjax.errors import UserError
 from samjax.io import directions, files, images, provenance
-from samjax.loading import ReadDirections
 from samjax.pipeline import Pipeline
 from samjax.results import Inversion
 
@@ -119,7 +118,7 @@ def directory_examples(directory: Path) -> list[Example]:
     Raises:
       UserError: no images, or names that differ only in their suffixes.
     """
-    labels = {path: path.with_name(f"{path.stem}_segments.png") for path in images.list_images(directory)}
+    labels = {path: path.with_name(f"{path.stem}_segments.png") for path in images.list_images(directory, notify=print)}
     return [Example(path.stem, path, beside if beside.exists() else None) for path, beside in labels.items()]
 
 
@@ -136,15 +135,13 @@ def hard_scenes(count: int, seed: int) -> list[Example]:
 # --- SAM against single layers ---
 
 
-def load(
-    options: Options, *, segments_given: bool = False, read_directions: ReadDirections = directions.read_folder
-) -> Pipeline:
+def load(options: Options, *, segments_given: bool = False, notify: Callable[[str], None] | None = None) -> Pipeline:
     """A pipeline that measures maps by inversions as long as SAM's, so that the two can be compared.
 
     Args:
       options: the user's options.
       segments_given: see `Pipeline.from_options`.
-      read_directions: see `Pipeline.from_options`.
+      notify: see `Pipeline`.
 
     Raises:
       UserError: as `Pipeline.from_options`.
@@ -152,7 +149,7 @@ def load(
     schedule = with_preset(resolve_category(options).config, options.preset)
     steps = options.invertibility_steps or options.num_opt_steps or schedule.num_opt_steps
     options = dataclasses.replace(options, invertibility_steps=steps)
-    return Pipeline.from_options(options, segments_given=segments_given, read_directions=read_directions)
+    return Pipeline.from_options(options, segments_given=segments_given, notify=notify)
 
 
 def load_direction(pipeline: Pipeline, direction: str | None = None) -> np.ndarray | None:
@@ -170,7 +167,7 @@ def load_direction(pipeline: Pipeline, direction: str | None = None) -> np.ndarr
     """
     if direction is None or direction in pipeline.directions:
         return pipeline.directions.get(direction or "blue_car")
-    return directions.read(direction, *pipeline.layers_shape)
+    return directions.read_one(direction, *pipeline.layers_shape)
 
 
 def evaluate(
@@ -269,7 +266,7 @@ def evaluate_learned(predicting: Pipeline, measuring: Pipeline, example: Example
       DivergedError: a loss is not finite.
     """
     predicted = _analyze(predicting, example)
-    measured = measuring.analyze(predicted.source, segments=predicted.segments, ws=predicted.ws, on_progress=_silent)
+    measured = measuring.analyze(predicted.source, segments=predicted.segments, start=predicted.ws, on_progress=_silent)
     measured = dataclasses.replace(measured, singles={})  # only the maps are needed
     mean = analysis.start_latents(
         measuring.generator.config, measuring.networks, measured.target[None], measuring.config, kind="mean"
@@ -365,7 +362,7 @@ def run(
     """
     results = {}
     for example in tqdm.tqdm(examples, unit="image"):
-        path = directory / f"{example.name}_{settings}.json"
+        path = directory / f"{files.safe_name(example.name)}_{settings}.json"
         if not path.exists():
             files.write_json(path, function(example))
         try:

@@ -21,12 +21,13 @@ from PIL import Image
 
 from samjax import batching
 from samjax.errors import UserError
+from samjax.io.styles import read as read_styles
 from samjax.latents import synthesize_latents
 from samjax.nets import stylegan2
 from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
 
 MAX_IMAGES = 10_000
-"""Limit on the number of images of one call of `parse_seeds` or `read_ws`."""
+"""Limit on the number of images of one call of `parse_seeds`; files of codes have the same limit."""
 
 GRID_SIDE = 4096
 """Largest side of a `Grid` in pixels."""
@@ -69,54 +70,27 @@ def random_z(seed: int, z_dim: int) -> np.ndarray:
 
 
 def read_ws(path: Path, config: StyleGAN2Config) -> np.ndarray:
-    """Reads styles from a .npy file; nothing in the file is executed.
+    """Reads the codes in a file, in W or W+; see `samjax.io.styles.read`.
 
     Args:
-      path: file with an array of floats, (N, num_ws, w_dim) or (num_ws, w_dim).
+      path: of the file.
       config: sizes of the generator.
 
     Returns:
       [N, num_ws, w_dim] float32.
 
     Raises:
-      UserError: the file is missing, damaged, of another kind or shape, or holds values that are not finite.
+      UserError: the file is missing or damaged, holds no codes of this generator, or values that are not finite.
     """
-    expected = f"(N, {config.num_ws}, {config.w_dim}) or ({config.num_ws}, {config.w_dim})"
-    if not path.is_file():
-        raise UserError(f"--ws: no such file: {path}; give a .npy file of styles of shape {expected}")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except Exception as error:  # damaged files raise almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"--ws: {path} is not a .npy file of numbers, or is damaged ({reason})") from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise UserError(f"--ws: {path} is an archive of arrays; save one array with numpy.save")
-    if array.dtype.kind != "f":
-        raise UserError(f"--ws: {path} holds {array.dtype}, but styles are floats")
-    if array.shape == (config.num_ws, config.w_dim):
-        array = array[None]
-    if array.ndim != 3 or array.shape[1:] != (config.num_ws, config.w_dim) or not len(array):
-        raise UserError(f"--ws: {path} has shape {array.shape}; this generator takes {expected}")
-    if len(array) > MAX_IMAGES:
-        raise UserError(f"--ws: {path} holds {len(array):,} images: draw at most {MAX_IMAGES:,} at a time")
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise UserError(f"--ws: {path} holds values that are not finite")
-    return array
+    return np.stack(list(read_styles(path, config.num_ws, config.w_dim).values()))
 
 
-def check_class(config: StyleGAN2Config, class_idx: int | None) -> None:
-    """Checks that a class is given if, and only if, the generator has classes.
-
-    Raises:
-      UserError: it is missing, out of range, or the generator has no classes.
-    """
-    if config.c_dim and (class_idx is None or not 0 <= class_idx < config.c_dim):
-        raise UserError(f"this generator has classes: give --class_idx from 0 to {config.c_dim - 1}")
-    if not config.c_dim and class_idx is not None:
-        raise UserError("this generator has no classes: leave --class_idx out")
+def seed_classes(config: StyleGAN2Config, seeds: ArrayLike, class_idx: int | None) -> np.ndarray | None:
+    """Classes [N] of seeds: the one given, or those of all classes in turn if None; None without classes."""
+    seeds = np.asarray(seeds)
+    if not config.c_dim:
+        return None
+    return seeds % config.c_dim if class_idx is None else np.full(len(seeds), class_idx)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "cutoff"))
@@ -134,7 +108,7 @@ def styles(
     *,
     truncation_psi: float = 1.0,
     truncation_cutoff: int | None = None,
-    class_idx: int = 0,
+    classes: ArrayLike | None = None,
     batch_size: int | None = None,
 ) -> np.ndarray:
     """Maps z to styles.
@@ -145,7 +119,7 @@ def styles(
       z: [N, z_dim].
       truncation_psi: interpolates between the mean style (0) and the style of z (1).
       truncation_cutoff: number of leading styles to truncate; all if None.
-      class_idx: class of all images, for conditional generators.
+      classes: [N] classes, for a conditional generator; see `seed_classes`.
       batch_size: z in one pass; all if None.
 
     Returns:
@@ -154,11 +128,10 @@ def styles(
     z = np.asarray(z, np.float32)
     if not len(z):
         return np.zeros((0, config.num_ws, config.w_dim), np.float32)
-    size = batch_size or len(z)
-    label = jnp.zeros((size, config.c_dim)).at[:, class_idx].set(1.0) if config.c_dim else None
+    labels = None if classes is None else np.eye(config.c_dim, dtype=np.float32)[np.asarray(classes)]
     psi = jnp.float32(truncation_psi)
     return batching.map_batches(
-        lambda z: _styles(config, params, jnp.asarray(z), label, psi, truncation_cutoff), z, size
+        lambda batch: _styles(config, params, *batch, psi, truncation_cutoff), (z, labels), batch_size or len(z)
     )
 
 
@@ -228,7 +201,8 @@ def draw_batches(
       ws: [N, num_ws, w_dim], instead of the styles of z.
       truncation_psi: see `styles`.
       truncation_cutoff: see `styles`.
-      class_idx: see `styles`.
+      class_idx: class of all images, for a conditional generator; the class of a seed is its remainder by the number
+        of classes if None.
       noise: see `draw`.
       batch_size: images in one pass.
 
@@ -245,7 +219,7 @@ def draw_batches(
             z = np.stack([random_z(int(seed), config.z_dim) for seed in seeds[index]])
             chosen = styles(
                 config, params, z, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff,
-                class_idx=class_idx or 0,
+                classes=seed_classes(config, seeds[index], class_idx),
             )  # fmt: skip
         else:
             chosen = ws[index]
@@ -264,9 +238,12 @@ class Grid:
         self._filled = 0
 
     def add(self, image: np.ndarray) -> None:
-        """Sets the next tile: uint8 [R, R] or [R, R, 3]."""
+        """Sets the next tile: uint8 [R, R], [R, R, 3] or [R, R, 4], which is put on white."""
         row, column = divmod(self._filled, self._columns)
-        tile = Image.fromarray(image).convert("RGB")
+        tile = Image.fromarray(image)
+        if tile.mode == "RGBA":
+            tile = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile)
+        tile = tile.convert("RGB")
         if tile.width != self._tile:
             tile = tile.resize((self._tile, self._tile), Image.Resampling.LANCZOS)
         top, left = row * self._tile, column * self._tile

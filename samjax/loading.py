@@ -11,11 +11,8 @@ import numpy as np
 from samjax import demo, segmentation
 from samjax.config import CLASSICAL_SEGMENTERS, Category, Options, required_roles, resolve, segmenter_category
 from samjax.errors import UserError
-from samjax.io import checkpoints, registry
+from samjax.io import checkpoints, directions, registry
 from samjax.io.checkpoints import LoadedNetwork
-
-ReadDirections = Callable[[Path, int, int], Mapping[str, np.ndarray]]
-"""Maps a directory, num_ws and w_dim to directions [num_ws, w_dim] by name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,19 +34,22 @@ class Parts:
     directions: Mapping[str, np.ndarray]
 
 
-def load(options: Options, category: Category, *, segments_given: bool, read_directions: ReadDirections) -> Parts:
+def load(
+    options: Options, category: Category, *, segments_given: bool, notify: Callable[[str], None] | None = None
+) -> Parts:
     """Loads everything that options select.
 
     Args:
       options: the user's options.
       category: as returned by `resolve_category`.
       segments_given: whether segments are given with every image.
-      read_directions: reads a directory of directions.
+      notify: called with one line for each message, such as files that are passed over.
 
     Raises:
       UserError: something is missing, damaged, or does not fit.
     """
     own = options.gan_weights is not None
+    components = directions.parse_components(options.components)
     generator = None
     if options.gan_weights is not None:  # first, so that a wrong one is reported early
         generator = checkpoints.load_generator(options.gan_weights)
@@ -69,12 +69,14 @@ def load(options: Options, category: Category, *, segments_given: bool, read_dir
         directory = demo.EDITS
     elif directory is None and category.official:
         directory = registry.find_edits(category.name, options.weights)
-    directions: Mapping[str, np.ndarray] = {}
-    if options.generate_edits and directory is None:
-        raise UserError("--generate_edits needs --edits_folder, a directory of directions")
+    edits: Mapping[str, np.ndarray] = {}
+    for flag, wanted in (("--generate_edits", options.generate_edits), ("--components", components)):
+        if wanted and directory is None:
+            raise UserError(f"{flag} needs --edits_folder, a directory of directions")
     if options.generate_edits is not False and directory is not None:
-        directions = read_directions(directory, generator.config.num_ws, generator.config.w_dim)
-    return Parts(generator, encoder, predictor, segmenter, directions)
+        shape = generator.config.num_ws, generator.config.w_dim
+        edits = directions.read_folder(directory, *shape, components=components, notify=notify)
+    return Parts(generator, encoder, predictor, segmenter, edits)
 
 
 def _learned(network: str, path: Path | None) -> LoadedNetwork:

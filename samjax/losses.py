@@ -62,21 +62,30 @@ def fit_prior(ws: ArrayLike) -> Prior:
     return Prior(*(jnp.asarray(x, jnp.float32) for x in (mean_w, leaky(mean_w), whitening)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "samples"))
-def _sample_ws(config: StyleGAN2Config, params: Params, key: Array, samples: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("config", "samples", "class_idx"))
+def _sample_ws(config: StyleGAN2Config, params: Params, key: Array, samples: int, class_idx: int | None) -> Array:
     with jax.default_matmul_precision("highest"):
         z = jax.random.normal(key, (samples, config.z_dim))
-        c = jnp.zeros((samples, config.c_dim)) if config.c_dim else None
-        return stylegan2.map_z(config, params, z, c)[:, 0]
+        labels = stylegan2.draw_labels(config, samples, class_idx, key=jax.random.fold_in(key, 1))
+        return stylegan2.map_z(config, params, z, labels)[:, 0]
 
 
-def generator_prior(config: StyleGAN2Config, params: Params, *, key: Array, samples: int = 5000) -> Prior:
-    """The prior of a generator, from `samples` mapped z (5,000 in the authors' code) with labels of zeros.
+def generator_prior(
+    config: StyleGAN2Config, params: Params, *, key: Array, samples: int = 5000, class_idx: int | None = None
+) -> Prior:
+    """The prior of a generator, from `samples` mapped z (5,000 in the authors' code).
+
+    Args:
+      config: sizes of the generator.
+      params: its parameters.
+      key: random key.
+      samples: number of mapped z.
+      class_idx: class of all z, for a conditional generator; classes drawn uniformly if None.
 
     Raises:
       UserError: the mapping network gives values that are not finite.
     """
-    return fit_prior(_sample_ws(config, params, key, samples))
+    return fit_prior(_sample_ws(config, params, key, samples, class_idx))
 
 
 # --- terms, one value for each item ---

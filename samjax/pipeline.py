@@ -40,17 +40,18 @@ from samjax.config import (
 from samjax.driver import OnProgress
 from samjax.errors import UserError
 from samjax.inversion import Items, Networks, Terms
-from samjax.io import checkpoints, directions, files, images, provenance, weights
+from samjax.io import checkpoints, directions, files, images, provenance, styles, weights
 from samjax.io.checkpoints import LoadedNetwork
 from samjax.latents import init_latents, latent_layers, single_layer_masks
 from samjax.layer_selection import Assignment
-from samjax.nets import lpips
+from samjax.nets import lpips, stylegan2
 from samjax.results import Edits, Inversion
 
 if TYPE_CHECKING:
     from PIL import Image
 
     ImageLike = str | Path | Image.Image | ArrayLike
+    StartLike = str | Path | ArrayLike | Mapping[str, Any]
 
 
 class Pipeline:
@@ -67,6 +68,7 @@ class Pipeline:
       directions: name to direction [num_ws, w_dim].
       layers: the latent layers in use, the most editable first.
       networks: the frozen parameters, and the prior on W+.
+      gray: whether the generator's images are gray; they are three equal channels here, and so are targets.
       vgg: parameters of LPIPS-VGG, which measures error maps and results even if the loss uses another network.
     """
 
@@ -110,10 +112,19 @@ class Pipeline:
             self.options, generator=True, encoder=encoder is not None, predictor=predictor is not None
         )
         settings = resolve(self.options, generator.config, category=category, max_batch_size=max_batch_size)
+        self._notify, self.gray = notify, generator.config.img_channels == 1
+        class_idx = self.options.class_idx
+        if generator.config.c_dim and class_idx is None:
+            classes = generator.config.c_dim
+            images.note(f"the generator has {classes} classes: its prior is that of all; class_idx chooses one", notify)
+        made_rgb = stylegan2.as_rgb(generator.config, generator.params)
+        generator = LoadedNetwork(*made_rgb, generator.manifest)
         self.name = name or "custom"
         self.category, self.config, self.measure_steps = settings.category, settings.config, settings.measure_steps
         self.generator, self.encoder, self.predictor = generator, encoder, predictor
         self._check_networks()
+        given = self.options.start_latent
+        self._codes = {} if given is None else styles.read(given, *self.layers_shape)
         self.segmenter = segmenter
         if segmenter is None and self.category.segmenter in CLASSICAL_SEGMENTERS:
             self.segmenter = segmentation.load(self.category.segmenter)
@@ -121,9 +132,9 @@ class Pipeline:
         self.layers = latent_layers(generator.config, self.config.latent_names)
         self.vgg = weights.load_lpips("vgg")
         perceptual = self.vgg if self.config.lpips_type == "vgg" else weights.load_lpips(self.config.lpips_type)
-        prior = losses.generator_prior(generator.config, generator.params, key=jax.random.key(self.options.seed))
+        key = jax.random.key(self.options.seed)
+        prior = losses.generator_prior(generator.config, generator.params, key=key, class_idx=class_idx)
         self.networks = Networks(generator.params, perceptual, prior)
-        self._notify = notify
 
     @classmethod
     def from_pretrained(cls, name: str | Path = "demo", **options: Any) -> Pipeline:
@@ -150,7 +161,6 @@ class Pipeline:
         segments_given: bool = False,
         max_batch_size: int = 8,
         notify: Callable[[str], None] | None = None,
-        read_directions: loading.ReadDirections = directions.read_folder,
     ) -> Pipeline:
         """A pipeline with the networks and directions that options select.
 
@@ -160,13 +170,12 @@ class Pipeline:
           segments_given: whether segments are given with every image, so that no segmenter is needed.
           max_batch_size: upper limit of the default batch size.
           notify: see `Pipeline`.
-          read_directions: reads a directory of directions. `ckpt_convert.directions.read_folder` reads more formats.
 
         Raises:
           UserError: see `from_pretrained`.
         """
         category = resolve_category(options)
-        parts = loading.load(options, category, segments_given=segments_given, read_directions=read_directions)
+        parts = loading.load(options, category, segments_given=segments_given, notify=notify)
         return cls(
             parts.generator,
             encoder=parts.encoder,
@@ -189,7 +198,7 @@ class Pipeline:
         segments: str | Path | ArrayLike | None = None,
         segment_names: Mapping[int, str] | None = None,
         maps: ArrayLike | None = None,
-        ws: ArrayLike | None = None,
+        start: StartLike | None = None,
         name: str | None = None,
         directory: str | Path | None = None,
         on_progress: OnProgress | None = None,
@@ -202,7 +211,9 @@ class Pipeline:
             segmenter finds them if None.
           segment_names: label to the name of what the segment shows.
           maps: [L, h, w] error maps; predicted or measured if None.
-          ws: [num_ws, w_dim] where W+ starts; found as the category specifies if None.
+          start: the code in W or W+ at which W+ starts: an array [num_ws, w_dim] or [w_dim], a mapping such as
+            `{"W+": array}` or an inversion's latents, or a file; of several codes, the one that has the name of the
+            image. Found as the options specify if None.
           name: name of the image; that of its file if None.
           directory: keeps measured maps, and finds them there again; see `invert`.
           on_progress: see `invert`.
@@ -211,21 +222,23 @@ class Pipeline:
           UserError: an image, segments or arrays that cannot be used.
           DivergedError: a loss is not finite.
         """
-        source = images.as_image(image, notify=self._notify) if self._notify else images.as_image(image)
+        named = image if isinstance(image, str | Path) else name or "image"
+        given = self._given_start(start, named)
+        source, target = self.read_image(image, notify=self._notify)
         height, width = self.category.target_size
-        target = images.to_float(images.fit(source, height, width, self.options.fit))
         size = images.image_size(image) if isinstance(image, str | Path) else source.shape[:2]
         if segments is None and self.segmenter is None:
             raise UserError("this pipeline was made without a segmenter: give segments")
         labels = self.segmenter(target) if segments is None else self._labels(segments, size)  # type: ignore[misc]
         taken = Analysis(
-            name=name or (Path(image).stem if isinstance(image, str | Path) else "image"),
+            name=name or Path(named).stem,
             source=source,
             target=target,
             segments=labels,
             segment_names=dict(segment_names or {}),
             segments_from=self.category.segmenter if segments is None else "given",
-            ws=self.start(target) if ws is None else self._array(ws, "ws", self.layers_shape),
+            ws=self.start(target) if given is None else given,
+            ws_from=self.category.start if given is None else "given",
             layers=tuple(layer.name for layer in self.layers),
             maps=np.zeros((len(self.layers), height, width), np.float32),
             singles={},
@@ -248,6 +261,7 @@ class Pipeline:
         threshold: float | None = None,
         layers: Mapping[int, str] | None = None,
         segments: str | Path | ArrayLike | None = None,
+        start: StartLike | None = None,
         num_opt_steps: int | None = None,
         directory: str | Path | None = None,
         on_progress: OnProgress | None = None,
@@ -260,6 +274,7 @@ class Pipeline:
           threshold: mean error up to which a segment may use a layer; the category's if None.
           layers: label to layer ("W+", "F4", ...) of segments whose layer is chosen by hand.
           segments: as in `analyze`, for an image.
+          start: as in `analyze`, for an image.
           num_opt_steps: steps of this inversion; those of the options if None.
           directory: keeps what is finished, and finds it there again when the same call is repeated.
           on_progress: called between chunks of steps; None draws a progress bar if standard error is a terminal.
@@ -269,7 +284,7 @@ class Pipeline:
           DivergedError: a loss is not finite.
         """
         before = image if isinstance(image, Inversion) else None
-        known = self._analysis(image, segments, directory, on_progress)
+        known = self._analysis(image, segments, directory, on_progress, start)
         if threshold is None:
             threshold = self.category.threshold if before is None else before.threshold
         forced = (before.forced if before is not None else {}) if layers is None else layers
@@ -442,15 +457,50 @@ class Pipeline:
             noise=self.config.stored_noise, precision=self.config.matmul_precision, batch_size=self.config.batch_size,
         )  # fmt: skip
 
+    def read_image(
+        self, image: ImageLike, *, notify: Callable[[str], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Reads an image, and fits it to the size at which it is reconstructed.
+
+        Args:
+          image: as in `analyze`.
+          notify: called with one line for each change to the image; changes are warnings if None.
+
+        Returns:
+          The image, uint8 [H, W, 3], and the target, [h, w, 3] in [-1, 1]; in gray, with three equal channels, if the
+          generator's images are.
+
+        Raises:
+          UserError: an image that cannot be used.
+        """
+        source = images.as_image(image, notify=notify) if notify else images.as_image(image)
+        if self.gray and not np.array_equal(source, gray := images.to_gray(source)):
+            images.note("the image is inverted in gray, as the generator draws it", notify)
+            source = gray
+        height, width = self.category.target_size
+        return source, images.to_float(images.fit(source, height, width, self.options.fit))
+
     def start(self, target: np.ndarray) -> np.ndarray:
-        """Where W+ starts for a target [h, w, 3]: at the encoder's code, or as the category has it; [num_ws, w_dim]."""
+        """Where W+ starts for a target [h, w, 3]: at the encoder's code, or as the category has it; [num_ws, w_dim].
+
+        A code that the options give is not considered.
+        """
         if self.encoder is not None:
             return analysis.encode(self.encoder.config, self.encoder.params, target[None])[0]
         kind: Literal["mean", "best"] = "best" if self.category.start == "best" else "mean"
         key = jax.random.fold_in(jax.random.key(self.options.seed), 1)
         return analysis.start_latents(
-            self.generator.config, self.networks, target[None], self.config, kind=kind, key=key
-        )[0]
+            self.generator.config, self.networks, target[None], self.config, kind=kind, key=key,
+            class_idx=self.options.class_idx,
+        )[0]  # fmt: skip
+
+    def _given_start(self, start: StartLike | None, image: str | Path) -> np.ndarray | None:
+        """[num_ws, w_dim] of the code in W or W+ that the caller or the options give; None if they give none."""
+        if start is None:
+            return styles.choose(self._codes, image, self.options.start_latent or "") if self._codes else None
+        if isinstance(start, str | Path):
+            return styles.choose(styles.read(start, *self.layers_shape), image, start)
+        return styles.choose(styles.collect(start, *self.layers_shape, "start"), image, "start")
 
     def start_image(self, known: Analysis) -> np.ndarray:
         """The generator's image of where W+ starts; [R, R, 3]."""
@@ -477,7 +527,7 @@ class Pipeline:
             raise UserError(f"{directory} holds an inversion of the category {notes['category'].name}")
         results.check_arrays(arrays, self.layers, self.category.target_size, Path(directory))
         kept: dict[str, Any] = {
-            **{name: notes[name] for name in ("name", "segment_names", "segments_from", "layers")},
+            **{name: notes[name] for name in ("name", "segment_names", "segments_from", "ws_from", "layers")},
             **{name: arrays[name] for name in ("source", "target", "segments", "ws", "maps")},
         }
         known = Analysis(
@@ -505,6 +555,8 @@ class Pipeline:
             **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("batch_size", "chunk_steps")},
             "seed": self.options.seed,
             "start": self.category.start,
+            **({} if self.options.class_idx is None else {"class_idx": self.options.class_idx}),
+            **({"start_latent": provenance.fingerprint(self._codes)} if self._codes else {}),
             "encoder": _source(self.encoder),
             "invertibility": self.category.invertibility,
             "measure_steps": self.measure_steps if self.predictor is None else None,
@@ -547,12 +599,14 @@ class Pipeline:
         segments: Any,
         directory: str | Path | None,
         on_progress: OnProgress | None,
+        start: StartLike | None = None,
     ) -> Analysis:
         known = image.analysis if isinstance(image, Inversion) else image
         if not isinstance(known, Analysis):
-            return self.analyze(known, segments=segments, directory=directory, on_progress=on_progress)
-        if segments is not None:
-            raise UserError("segments can be given with an image only: pass them to analyze")
+            return self.analyze(known, segments=segments, start=start, directory=directory, on_progress=on_progress)
+        for what, value in (("segments", segments), ("a start", start)):
+            if value is not None:
+                raise UserError(f"{what} can be given with an image only: pass it to analyze")
         if known.layers != tuple(layer.name for layer in self.layers):
             raise UserError(f"the analysis is of the layers {', '.join(known.layers)}: analyze the image again")
         if known.target.shape[:2] != self.category.target_size:
@@ -769,7 +823,7 @@ class Pipeline:
             if not Path(direction).suffix:
                 known = ", ".join(self.directions) or "none"
                 raise UserError(f"there is no direction {str(direction)!r}: known are {known}; a file needs its suffix")
-            return directions.read(direction, *self.layers_shape)
+            return directions.read_one(direction, *self.layers_shape)
         return directions.check(np.asarray(direction), *self.layers_shape, Path("the direction"))
 
     def _check_settings(self, known: Analysis, directory: str | Path) -> None:
@@ -777,6 +831,7 @@ class Pipeline:
         settings = {
             **self.settings,
             "target": provenance.fingerprint(known.target),
+            **({"ws": provenance.fingerprint(known.ws)} if known.ws_from == "given" else {}),
             "segments": [known.segments_from, self.options.swap_channels]
             if known.segments_from != "given"
             else provenance.fingerprint(known.segments),

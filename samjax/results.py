@@ -106,6 +106,7 @@ class Inversion:
                 "name": self.analysis.name,
                 "segment_names": self.analysis.segment_names,
                 "segments_from": self.analysis.segments_from,
+                "ws_from": self.analysis.ws_from,
                 "layers": self.analysis.layers,
                 "generator": self.generator,
                 "fingerprint": self.fingerprint,
@@ -145,6 +146,7 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         standard = _dataclass(InversionConfig, notes["category_config"])
         taken = {
             **{name: str(notes[name]) for name in ("name", "segments_from", "generator", "fingerprint")},
+            "ws_from": str(notes.get("ws_from", notes["category"]["start"])),  # which 0.1 did not write
             "layers": tuple(map(str, notes["layers"])),
             "segment_names": {int(label): str(name) for label, name in notes["segment_names"].items()},
             "forced": {int(label): str(layer) for label, layer in notes["forced"].items()},

@@ -71,7 +71,7 @@ class Session:
 
     Attributes:
       pipeline: that does the work.
-      name: of the image.
+      name: of the image, made safe for the names of files.
       source: uint8 [H, W, 3], the image as it was given.
       target: float32 [h, w, 3] in [-1, 1], the image to reconstruct.
       threshold: mean error up to which a segment may use a layer.
@@ -99,10 +99,8 @@ class Session:
           UserError: the image, or the file of the segments, cannot be used.
         """
         self.pipeline = pipeline
-        self.name = Path(image).stem if isinstance(image, str | Path) else "image"
-        self.source = images.as_image(image, notify=lambda _: None)  # `analyze` notifies
-        height, width = pipeline.category.target_size
-        self.target = images.to_float(images.fit(self.source, height, width, pipeline.options.fit))
+        self.name = files.safe_name(Path(image).stem) if isinstance(image, str | Path) else "image"
+        self.source, self.target = pipeline.read_image(image, notify=lambda _: None)  # `analyze` notifies
         if isinstance(segments, str | Path):
             images.image_size(segments)
         self._image, self._segments, self._segment_names = image, segments, segment_names

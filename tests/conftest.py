@@ -56,6 +56,15 @@ def forgotten_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """XLA's optimizations, for tests that run longer than they compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The directory of the reference cases and of the checkpoint files."""

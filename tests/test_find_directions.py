@@ -12,11 +12,11 @@ import pytest
 import safetensors
 from PIL import Image
 
-from ckpt_convert import directions as files
 from samjax import demo, directions, driver, generation
 from samjax.demo import scenes
 from samjax.errors import UserError
 from samjax.io import checkpoints
+from samjax.io import directions as files
 from samjax.io.weights import load_lpips
 from samjax.nets import stylegan2
 from samjax.testing import TINY, tiny_generator

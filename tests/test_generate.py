@@ -118,8 +118,10 @@ def test_classes(draw, generators):
     labeled = generators / "labeled.safetensors"
     zero, two = (draw(generator=labeled, seeds="0", class_idx=i) for i in (0, 2))
     assert np.abs(zero - two).max() > 1e-3
-    for class_idx in (None, 3, -1):
-        with pytest.raises(UserError, match="--class_idx from 0 to 2"):
+    every = draw(generator=labeled, seeds="0-2")
+    np.testing.assert_allclose(every[0], zero[0], atol=1e-5)  # the seeds take the classes in turn
+    for class_idx in (3, -1):
+        with pytest.raises(UserError, match="has the classes 0 to 2"):
             draw(generator=labeled, class_idx=class_idx)
     with pytest.raises(UserError, match="no classes"):
         draw(class_idx=0)
@@ -141,7 +143,7 @@ def test_bad_styles(draw, tmp_path):
         (right.astype(np.int32), "int32, but styles are floats"),
         (np.full_like(right, np.nan), "not finite"),
         (np.full_like(right, 1e300, np.float64), "not finite"),
-        (np.array([Trap()], object), "not a .npy file of numbers"),
+        (np.array([Trap()], object), "arrays of Python objects are not read"),
     ]
     for array, message in cases:
         np.save(path, array, allow_pickle=True)
@@ -149,10 +151,6 @@ def test_bad_styles(draw, tmp_path):
             draw(ws=path)
     path.write_bytes(b"\x93NUMPY\x01")
     with pytest.raises(UserError, match="damaged"):
-        draw(ws=path)
-    with path.open("wb") as file:
-        np.savez(file, ws=right)
-    with pytest.raises(UserError, match="archive"):
         draw(ws=path)
     with pytest.raises(UserError, match="no such file"):
         draw(ws=tmp_path / "none.npy")

@@ -88,6 +88,7 @@ def test_reference_gradients(golden, reference):
         assert np.quantile(error, 0.99) < 5e-4, name
 
 
+@pytest.mark.usefixtures("optimized")
 def test_reference_trajectory(golden, reference):
     config, networks, items, settings = reference
     expected = golden("sam_A")["trajectory"][:, :5]
@@ -271,6 +272,7 @@ def test_latents_that_overflow_in_the_very_last_step_are_seen(tiny):
         run(TINY, tiny, tiny_items(2), config)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_an_image_of_the_generator_is_found_again(tiny):
     ws = jax.random.normal(jax.random.key(3), (2, 8))
     start = latents.init_latents(LAYERS, ws + 0.3)

@@ -65,9 +65,10 @@ def test_prior_is_fitted_to_good_samples_only():
 def test_generator_prior_is_the_prior_of_its_mapped_z():
     config = stylegan2.StyleGAN2Config(img_resolution=8, z_dim=4, w_dim=4, c_dim=3, mapping_layers=2, channel_max=4)
     params = tiny_generator(config)
-    prior = losses.generator_prior(config, params, key=jax.random.key(1), samples=64)
+    prior = losses.generator_prior(config, params, key=jax.random.key(1), samples=64, class_idx=2)
     z = jax.random.normal(jax.random.key(1), (64, 4))
-    ws = jax.jit(stylegan2.map_z, static_argnums=0)(config, params, z, jnp.zeros((64, 3)))[:, 0]
+    labels = jnp.tile(jnp.array([[0.0, 0.0, 1.0]]), (64, 1))
+    ws = jax.jit(stylegan2.map_z, static_argnums=0)(config, params, z, labels)[:, 0]
     np.testing.assert_allclose(prior.mean_w, ws.mean(0), atol=1e-6)
     v = np.asarray(jax.nn.leaky_relu(ws, 5.0), np.float64)
     inverse = np.linalg.inv(np.cov(v.T) + 1e-8 * np.eye(4))

@@ -238,6 +238,7 @@ def test_invert_with_a_generator(execute, tmp_path, golden_dir):
     check_inversion(done, tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_the_comparison_without_the_authors_code_runs_samjax_alone(execute, tmp_path):
     done = execute("compare_pytorch", CHECKOUT=str(ROOT), DEMO_STEPS=2, OUTPUT="here")
     assert "error: --reference: sam_inversion is not a checkout of adobe-research/sam_inversion" in printed(done)

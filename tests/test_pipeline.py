@@ -307,7 +307,8 @@ def test_a_directory_keeps_what_is_done(network, image, labels, tmp_path):
         ({"segments": np.zeros((64, 64))}, "segments must be integers"),
         ({"maps": np.zeros((4, 64, 64))}, r"maps must be numbers \[3, 64, 64\], not float64 \[4, 64, 64\]"),
         ({"maps": np.full((3, 64, 64), np.inf)}, "maps hold values that are not finite"),
-        ({"ws": np.zeros((1, 10, 8))}, r"ws must be numbers \[10, 8\]"),
+        ({"start": np.zeros((1, 9, 8))}, r"start: has shape \(1, 9, 8\); this generator takes"),
+        ({"start": {"W+": np.full((10, 8), np.nan)}}, "start: holds values that are not finite"),
     ],
 )
 def test_wrong_images_segments_and_arrays_are_refused(sam, image, labels, maps, change, message):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
-from ckpt_convert import directions, get
+from ckpt_convert import get
 from samjax import Pipeline, UserError, cli
 from samjax.config import Options
 
@@ -34,7 +34,6 @@ def main(args: Arguments) -> None:
     pipeline = Pipeline.from_options(
         get.prepare(args),
         name=args.gan_weights.name if args.gan_weights else None,
-        read_directions=directions.read_folder,
     )
     blocks, address = page.launch(pipeline, listen=args.listen, port=args.port, open_browser=args.open_browser)
     print(f"{pipeline.name}: open {address} (Ctrl-C ends it)", flush=True)

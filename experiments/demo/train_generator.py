@@ -234,7 +234,7 @@ def first_state(index: int, params: Any, args: Arguments) -> State:
 
 
 def main(args: Arguments) -> None:
-    folder = files.output_directory(args.output_path)
+    folder = cli.output_directory(args.output_path)
     saved = folder / "state.npz"
     if saved.exists():
         index, state = load_state(saved, args)

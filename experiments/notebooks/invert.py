@@ -73,11 +73,10 @@ from pathlib import Path
 
 import jax
 
-from ckpt_convert import directions as direction_files
 from ckpt_convert import get
 from samjax import Pipeline, demo, directions, notebook, report
 from samjax.config import Options
-from samjax.io import images
+from samjax.io import files, images
 from samjax.session import Session
 
 # %% [markdown]
@@ -171,7 +170,6 @@ pipeline = Pipeline.from_options(
     get.prepare(options),
     name=Path(generator).name if generator else None,
     notify=print,
-    read_directions=direction_files.read_folder,
 )
 if not pipeline.directions:  # the first principal components of W (GANSpace); `samjax.directions` has other methods
     config, params = pipeline.generator.config, pipeline.generator.params
@@ -218,11 +216,11 @@ for name in pipeline.directions:
 
 # %%
 strengths = {name: STRENGTHS[-1] if i == 0 else 0.0 for i, name in enumerate(pipeline.directions)}
-directory = notebook.output_directory(f"{OUTPUT}/{image.stem}")
+directory = notebook.output_directory(f"{OUTPUT}/{session.name}")
 for path in session.save(directory, strengths):
     print(path)
 for name in pipeline.directions:
     for strength in STRENGTHS:
         edited = session.full_size(session.edit({name: strength}))
-        images.save_png(directory / "edits" / f"{name}_{strength:g}.png", edited)
+        images.save_png(directory / "edits" / f"{files.safe_name(name)}_{strength:g}.png", edited)
 print(notebook.download(directory))

@@ -96,7 +96,7 @@ from IPython.display import Image, display
 from ckpt_convert import get
 from samjax import Pipeline, demo, notebook, report, runtime, training
 from samjax.config import Options
-from samjax.io import images
+from samjax.io import files, images
 
 runtime.configure()  # before the first computation
 output = notebook.output_directory(OUTPUT)
@@ -204,7 +204,7 @@ options = Options(
     **domain,
 )
 pipeline = Pipeline.from_options(options, notify=print)
-directory = output / "inversions" / path.stem
+directory = output / "inversions" / files.safe_name(path.stem)
 inversion = pipeline.invert(path, directory=directory)
 content = report.save_summary(
     directory, [inversion], inversion, pipeline.edit_sweep(inversion), seed=options.seed, seconds={}

@@ -195,7 +195,7 @@ def compare(args: Arguments, folder: Path, detectron2: Path | None) -> tuple[The
     height, width = sam.category.target_size
     image = images.fit(images.read_image(args.image_path), height, width, args.fit)
     images.save_png(folder / "image.png", images.to_float(image))
-    direction = directions.read(direction_path, *sam.layers_shape)
+    direction = directions.read_one(direction_path, *sam.layers_shape)
     threshold = sam.category.threshold if args.threshold is None else args.threshold
     settings = first_steps(args.steps)
     notify("running the authors' code")

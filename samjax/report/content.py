@@ -245,7 +245,7 @@ def _settings(inversion: Inversion) -> dict[str, Any]:
         "generator": inversion.generator,
         "steps": inversion.config.num_opt_steps,
         "error maps": f"measured in {inversion.measure_steps} steps" if analysis.singles else "predicted",
-        "W+ starts at": inversion.category.start,
+        "W+ starts at": "a given code" if analysis.ws_from == "given" else analysis.ws_from,
         "segments": analysis.segments_from,
         "LPIPS of the loss": inversion.config.lpips_type,
         "device": jax.devices()[0].device_kind,

@@ -36,7 +36,8 @@ def save_inversion(
 ) -> None:
     """Writes the images of one inversion, with its threshold T in their names.
 
-    The reconstruction and the edited images have the generator's own size, without its letterbox:
+    The reconstruction and the edited images have the generator's own size, without its letterbox. DIRECTION is the
+    direction's name, made safe by `files.safe_name`:
 
         layers_T0.225.png                         the layer of each segment
         reconstruction_T0.225.png                 the reconstruction
@@ -67,9 +68,10 @@ def save_inversion(
     images.save_png(directory / f"layers_{tag}.png", layers_figure(content))
     save(inversion.image, f"reconstruction_{tag}.png", f"reconstruction_{tag}.png")
     for direction, strengths in (edits or {}).items():
-        images.save_png(directory / "edits" / direction / f"{tag}.png", edit_strip(content, direction))
+        folder = files.safe_name(direction)
+        images.save_png(directory / "edits" / folder / f"{tag}.png", edit_strip(content, direction))
         for strength, edited in strengths.items():
-            name = f"{direction}/{tag}_mul{strength:g}.png"
+            name = f"{folder}/{tag}_mul{strength:g}.png"
             save(edited["SAM"], f"edits/{name}", name)
 
 

@@ -45,6 +45,7 @@ class TrainConfig:
       lambda_w: weight of the squared error of the samples' styles, relative to the variance of W.
       lpips_type: LPIPS network of the loss.
       seed: seed of the initial weights, the samples and the noise.
+      class_idx: class of the samples of a conditional generator; classes drawn uniformly if None.
     """
 
     num_steps: int = 20_000
@@ -57,6 +58,7 @@ class TrainConfig:
     lambda_w: float = 1.0
     lpips_type: lpips.Net = "vgg"
     seed: int = 0
+    class_idx: int | None = None
 
 
 class TrainState(NamedTuple):
@@ -160,7 +162,8 @@ def step(
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), 3)
     with jax.default_matmul_precision("highest"):
         z = jax.random.normal(keys[0], (config.samples, generator.z_dim))
-        labels = jnp.zeros((config.samples, generator.c_dim)) if generator.c_dim else None
+        own = jax.random.fold_in(keys[0], 1)
+        labels = stylegan2.draw_labels(generator, config.samples, config.class_idx, key=own)
         true = stylegan2.map_z(generator, networks.generator, z, labels)
         height, width = images.shape[1:3]
         drawn = losses.comparable(_render(generator, networks, true, keys[1]), max(height, width), height, width)

@@ -34,6 +34,8 @@ class DirectoryOptions:
     `python -m ckpt_convert get`."""
     gan_weights: Path | None = None
     """A generator, converted or as distributed. Default: the category's."""
+    class_idx: int | None = None
+    """Class of the images, for a generator with classes. Default: all classes."""
     e4e_path: Path | None = None
     """An e4e encoder, converted or as distributed. Default: the category's."""
     start: Start | None = None
@@ -120,7 +122,7 @@ def invert_directory(options: DirectoryOptions) -> DirectoryResult:
     Raises:
       UserError: bad options, there are no images, or results cannot be written.
     """
-    paths = images.list_images(options.image_folder)
+    paths = images.list_images(options.image_folder, notify=print)
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     config = _config(options, pipeline)
     files.output_directory(options.output_path)
@@ -153,7 +155,7 @@ def _config(options: DirectoryOptions, pipeline: Pipeline) -> InversionConfig:
 
 
 def _final(output: Path, layer: str, path: Path) -> Path:
-    return output / layer / path.stem / "final"
+    return output / layer / files.safe_name(path.stem) / "final"
 
 
 def _unfinished(path: Path, output: Path, names: tuple[str, ...]) -> list[int]:
@@ -174,12 +176,11 @@ def _items(
         if not layers:
             continue
         try:
-            source = images.read_image(path, notify=lambda _: None)
+            source, target = pipeline.read_image(path, notify=lambda _: None)
         except UserError as error:
             failed[path] = str(error)
             continue
         image = images.fit(source, height * factor, width * factor, options.fit)
-        target = images.to_float(images.fit(source, height, width, options.fit))
         ws = pipeline.start(target)
         for layer in layers:
             yield _Item(path, layer, image, target, ws)

@@ -64,6 +64,8 @@ class EncoderOptions(loop.LoopOptions):
     """A directory with the category's files under their authors' names."""
     gan_weights: Path | None = None
     """A generator, converted or as distributed. Default: the category's."""
+    class_idx: int | None = None
+    """Class of the images, for a generator with classes. Default: all classes."""
     image_folder: Path = Path("images/train")
     """Directory of the training images."""
     image_folder_val: Path = Path("images/val")
@@ -93,7 +95,8 @@ class EncoderOptions(loop.LoopOptions):
         """Options of the pipeline whose generator the encoder is for."""
         return Options(
             image_category=self.image_category, weights=self.weights, gan_weights=self.gan_weights,
-            lpips_type=self.lpips_type, invertibility="measured", start="mean", generate_edits=False,
+            class_idx=self.class_idx, lpips_type=self.lpips_type, invertibility="measured", start="mean",
+            generate_edits=False,
         )  # fmt: skip
 
 
@@ -123,8 +126,8 @@ def train_encoder(options: EncoderOptions) -> Path:
     Raises:
       UserError: bad options or files, or the directory holds a run of other options.
     """
-    train_files = images.list_images(options.image_folder)
-    val_files = images.list_images(options.image_folder_val)
+    train_files = images.list_images(options.image_folder, notify=print)
+    val_files = images.list_images(options.image_folder_val, notify=print)
     place, part = loop.Placement(options.batch_size), (jax.process_index(), jax.process_count())
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     generator, networks = pipeline.generator.config, pipeline.networks
@@ -132,7 +135,7 @@ def train_encoder(options: EncoderOptions) -> Path:
     config = encoder.TrainConfig(
         num_steps=options.total_steps(len(train_files)), lr=options.lr, lambda_delta=options.lambda_delta,
         lambda_w=options.lambda_w, samples=options.batch_size if options.samples is None else options.samples,
-        lpips_type=pipeline.config.lpips_type, seed=options.seed,
+        lpips_type=pipeline.config.lpips_type, seed=options.seed, class_idx=options.class_idx,
     )  # fmt: skip
     _check_settings(options.output_folder, {
         "encoder": network, "training": config, "batch_size": options.batch_size, "init": options.init,
@@ -145,7 +148,7 @@ def train_encoder(options: EncoderOptions) -> Path:
 
     def batches(source: Any, first: int, last: int) -> Iterator[Any]:
         for batch in data.batches(source, options.batch_size, first, last, part=part):
-            yield place.shard(images.to_float(batch))
+            yield place.shard(images.to_float(images.to_gray(batch) if pipeline.gray else batch))
 
     def validate(variables: Any) -> tuple[dict[str, float], np.ndarray]:
         rows, figure = [], np.zeros((1, 1, 3), np.uint8)

@@ -1,0 +1,86 @@
+"""Generators of gray and RGBA images."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ckpt_convert import convert
+from samjax import Pipeline
+from samjax.errors import UserError
+from samjax.io import checkpoints
+from samjax.nets import stylegan2
+from samjax.testing import TINY, random_lpips, tiny_generator
+
+CASES = Path(__file__).parent / "cases" / "generators"
+GRAY = dataclasses.replace(TINY, img_channels=1)
+ROOT = Path(__file__).parent.parent
+
+
+def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "experiments" / program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("grey", "L"), ("rgba", "RGBA")])
+def test_images_are_drawn_as_the_reference_draws_them(name, mode, tmp_path):
+    convert.convert(CASES / f"{name}.pkl", tmp_path / "converted")
+    styles, out = CASES / f"{name}_ws.npy", tmp_path / "out"
+    done = run("generate.py", "--generator", tmp_path / "converted", "--ws", styles, "--output_path", out)
+    assert done.returncode == 0, done.stderr
+    drawn, reference = np.load(tmp_path / "out" / "images.npy"), np.load(CASES / f"{name}_ref.npy")
+    # float32 sums in another order; images are clipped as all programs do.
+    np.testing.assert_allclose(drawn, np.clip(reference, -1, 1), rtol=0, atol=1e-5)
+    with Image.open(tmp_path / "out" / "ws0000.png") as image:
+        assert image.mode == mode
+
+
+def test_a_gray_generator_as_rgb_draws_three_equal_channels():
+    params = tiny_generator(GRAY)
+    config, made = stylegan2.as_rgb(GRAY, params)
+    assert config == TINY
+    assert checkpoints.parameter_shapes(TINY) == {k: v.shape for k, v in checkpoints.flatten(made).items()}
+    ws = jnp.asarray(np.random.default_rng(0).standard_normal((1, TINY.num_ws, TINY.w_dim), np.float32))
+    gray, rgb = (stylegan2.synthesize(c, p, ws).image for c, p in ((GRAY, params), (config, made)))
+    np.testing.assert_allclose(rgb, np.repeat(gray, 3, -1), rtol=0, atol=1e-6)  # sums in another order
+    assert stylegan2.as_rgb(TINY, made)[1] is made
+
+
+def test_a_gray_generator_inverts_and_edits_in_gray(monkeypatch):
+    monkeypatch.setattr("samjax.pipeline.weights.load_lpips", random_lpips)
+    generator = checkpoints.LoadedNetwork(GRAY, tiny_generator(GRAY), {})
+    from samjax.config import Options
+
+    notes: list[str] = []
+    options = Options(segmenter="slic", num_opt_steps=2, invertibility_steps=1)
+    sam = Pipeline(generator, options=options, notify=notes.append)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    result = sam.invert(image)
+    assert any("in gray" in note for note in notes)
+    for made in (result.reconstruction, sam.edit(result, np.ones((TINY.num_ws, TINY.w_dim)), 2.0)):
+        channels = np.asarray(made)
+        assert channels.ndim == 2 or (np.ptp(channels, axis=-1) == 0).all()
+    assert (np.ptp(result.analysis.target, axis=-1) == 0).all()
+
+
+def test_what_is_neither_rgb_nor_gray_is_refused_before_any_work(tmp_path):
+    convert.convert(CASES / "rgba.pkl", tmp_path / "converted")
+    message = (
+        r"this generator draws images of 4 channels; samjax inverts with generators of RGB and of gray images only"
+    )
+    with pytest.raises(UserError, match=message):
+        Pipeline(checkpoints.load_generator(tmp_path / "converted"))
+    sample = ROOT / "samjax" / "demo" / "samples" / "scene0.png"
+    programs = (("invert.py", "--gan_weights", "--image_path", sample), ("find_directions.py", "--generator"))
+    for program, flag, *image in programs:
+        done = run(program, flag, tmp_path / "converted", "--output_path", tmp_path / "out", *image)
+        assert done.returncode == 2
+        assert done.stderr.strip().startswith("error: this generator draws images of 4 channels")
+        assert not (tmp_path / "out").exists()
