@@ -549,9 +549,8 @@ class Watch:
         size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
         base, before = _reset_peak(), time.process_time()
         limit = max(MEMORY[0] - base, 2**28) + MEMORY[1] * size
-        # Address space is not memory: threads reserve some, and Pillow as much as a chunk of a PNG file claims to have,
-        # up to 4 GB. This stops a file before it exhausts the machine; what counts is what is resident at the peak.
-        resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + limit + 9 * 2**29, resource.RLIM_INFINITY))
+        # Address space is not memory: threads reserve some. What counts is what is resident at the peak.
+        resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + limit + 2**29, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         problem = ""
         self.on = True

@@ -246,13 +246,13 @@ def test_redirects_lead_to_web_servers_only_and_end(category, server, tmp_path, 
 
 
 def test_a_redirect_is_no_less_safe_than_the_registry():
-    safe = WeightFile("a", "https://example.org/a", 1, "free", "generator")
+    safe = WeightFile("a", "https://host/a", 1, "free", "generator")
     registry.check_redirect(safe, safe.url, "/b")
-    registry.check_redirect(safe, safe.url, "HTTPS://example.com/a")
+    registry.check_redirect(safe, safe.url, "HTTPS://host/other/a")
     with pytest.raises(UserError, match="which is not https"):
-        registry.check_redirect(safe, safe.url, "http://example.org/a")
-    plain = dataclasses.replace(safe, url="http://example.org/a")
-    registry.check_redirect(plain, plain.url, "http://example.com/a")
+        registry.check_redirect(safe, safe.url, "http://host/a")
+    plain = dataclasses.replace(safe, url="http://host/a")
+    registry.check_redirect(plain, plain.url, "http://host/other/a")
     assert plain.plain_http
     assert not safe.plain_http
     assert {

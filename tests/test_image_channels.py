@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
+import find_directions
+import generate
+import invert
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,21 +25,15 @@ GRAY = dataclasses.replace(TINY, img_channels=1)
 ROOT = Path(__file__).parent.parent
 
 
-def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "experiments" / program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
 @pytest.mark.parametrize(("name", "mode"), [("grey", "L"), ("rgba", "RGBA")])
 def test_images_are_drawn_as_the_reference_draws_them(name, mode, tmp_path):
     convert.convert(CASES / f"{name}.pkl", tmp_path / "converted")
-    styles, out = CASES / f"{name}_ws.npy", tmp_path / "out"
-    done = run("generate.py", "--generator", tmp_path / "converted", "--ws", styles, "--output_path", out)
-    assert done.returncode == 0, done.stderr
-    drawn, reference = np.load(tmp_path / "out" / "images.npy"), np.load(CASES / f"{name}_ref.npy")
+    out = tmp_path / "out"
+    generate.main(generate.Arguments(out, tmp_path / "converted", ws=CASES / f"{name}_ws.npy"))
+    drawn, reference = np.load(out / "images.npy"), np.load(CASES / f"{name}_ref.npy")
     # float32 sums in another order; images are clipped as all programs do.
     np.testing.assert_allclose(drawn, np.clip(reference, -1, 1), rtol=0, atol=1e-5)
-    with Image.open(tmp_path / "out" / "ws0000.png") as image:
+    with Image.open(out / "ws0000.png") as image:
         assert image.mode == mode
 
 
@@ -78,9 +73,9 @@ def test_what_is_neither_rgb_nor_gray_is_refused_before_any_work(tmp_path):
     with pytest.raises(UserError, match=message):
         Pipeline(checkpoints.load_generator(tmp_path / "converted"))
     sample = ROOT / "samjax" / "demo" / "samples" / "scene0.png"
-    programs = (("invert.py", "--gan_weights", "--image_path", sample), ("find_directions.py", "--generator"))
-    for program, flag, *image in programs:
-        done = run(program, flag, tmp_path / "converted", "--output_path", tmp_path / "out", *image)
-        assert done.returncode == 2
-        assert done.stderr.strip().startswith("error: this generator draws images of 4 channels")
-        assert not (tmp_path / "out").exists()
+    generator, out = tmp_path / "converted", tmp_path / "out"
+    inverting = invert.Arguments(gan_weights=generator, image_path=sample, output_path=out)
+    for program, arguments in ((invert, inverting), (find_directions, find_directions.Arguments(out, generator))):
+        with pytest.raises(UserError, match=message):
+            program.main(arguments)
+        assert not out.exists()

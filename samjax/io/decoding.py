@@ -154,7 +154,7 @@ def without_texts(file: BinaryIO) -> BinaryIO:
       `file` itself, at its beginning, if there is nothing to leave out; otherwise a copy in memory.
 
     Raises:
-      ValueError: a PNG file has too many chunks.
+      ValueError: a PNG file has too many chunks, or ends within one.
     """
     start = file.read(len(_PNG))
     file.seek(0)
@@ -182,7 +182,7 @@ def _joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _png_parts(file: BinaryIO) -> list[tuple[int, int]] | None:
     """The parts of a PNG file to keep; None for all."""
-    left_out = False
+    left_out, end = False, file.seek(0, io.SEEK_END)
 
     def chunks() -> Iterator[tuple[int, int]]:
         nonlocal left_out
@@ -195,6 +195,8 @@ def _png_parts(file: BinaryIO) -> list[tuple[int, int]] | None:
             if count == _MOST_CHUNKS:
                 raise ValueError(f"more than {_MOST_CHUNKS:,} chunks")
             length, name = struct.unpack(">I4s", head)
+            if offset + 12 + length > end and name != b"IEND":  # Pillow would ask for as much memory
+                raise ValueError("it ends early")
             if name in _TEXTS or (name == b"iCCP" and _inflates(file.read(length))):
                 left_out = True
             else:
