@@ -26,7 +26,8 @@ def quality(reconstruction: ArrayLike, target: ArrayLike) -> Quality:
     """Compares a reconstruction with its target.
 
     SSIM is that of Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004, with
-    Gaussian weights of sigma 1.5, over the three channels.
+    Gaussian weights of sigma 1.5, over the three channels. For images below 11 pixels, the width of its window, pixels
+    are repeated.
 
     Args:
       reconstruction: [H, W, 3], clipped to [-1, 1].
@@ -36,8 +37,10 @@ def quality(reconstruction: ArrayLike, target: ArrayLike) -> Quality:
 
     x, y = (np.clip(np.asarray(a, np.float64), -1, 1) for a in (reconstruction, target))
     mse = float(np.mean(np.square(x - y)))
+    factor = -(-11 // min(x.shape[:2]))
+    larger = (a.repeat(factor, axis=0).repeat(factor, axis=1) for a in (x, y))
     ssim: Any = structural_similarity(
-        x, y, data_range=2.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        *larger, data_range=2.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return Quality(mse, float(10 * np.log10(4 / max(mse, 1e-12))), float(ssim))
 

@@ -216,6 +216,15 @@ def test_precision_follows_jax(params):
         assert precisions() == {(highest, highest)}
 
 
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_pixels_of_small_images_are_repeated(params, net):
+    x, y = random_images(2, 2, 1, 8, 10, 3)
+    factor = -(-lpips.MIN_SIZE[net] // 8)
+    found = lpips.lpips(params[net], x, y, net)
+    expected = lpips.lpips(params[net], *(jnp.repeat(jnp.repeat(a, factor, 1), factor, 2) for a in (x, y)), net)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_bad_images_are_refused(params):
     good = jnp.zeros((1, 32, 32, 3))
     for images, message in [
@@ -223,9 +232,6 @@ def test_bad_images_are_refused(params):
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             lpips.features(params["alex"], images, "alex")
-    for net, size in lpips.MIN_SIZE.items():
-        with pytest.raises(ValueError, match=f"at least {size} pixels"):
-            lpips.features(params[net], jnp.zeros((1, 64, size - 1, 3)), net)
     with pytest.raises(ValueError, match="one size"):
         lpips.lpips(params["alex"], good, jnp.zeros((1, 33, 32, 3)), "alex")
     unknown: Any = "squeeze"

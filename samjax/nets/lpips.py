@@ -236,7 +236,7 @@ def features(params: Params, images: Array, net: Net, *, half_precision: bool = 
 
     Args:
       params: as returned by `samjax.io.weights.load_lpips` or `prepack`.
-      images: [N, H, W, 3] in [-1, 1]; H and W are at least `MIN_SIZE[net]`.
+      images: [N, H, W, 3] in [-1, 1]. Below `MIN_SIZE[net]` pixels a side, pixels are repeated.
       net: "vgg" or "alex".
       half_precision: whether to run the network in bfloat16.
 
@@ -244,12 +244,12 @@ def features(params: Params, images: Array, net: Net, *, half_precision: bool = 
       Five arrays [N, h, w, C] with C from `STAGE_CHANNELS[net]`, of norm 1 along C, or 0.
 
     Raises:
-      ValueError: If `net` is unknown, or images have another shape or type or are too small.
+      ValueError: If `net` is unknown, or images have another shape or type.
     """
     _check_net(net)
-    if images.ndim == 4 and min(images.shape[1:3]) < MIN_SIZE[net]:
-        height, width = images.shape[1:3]
-        raise ValueError(f"LPIPS ({net}) needs at least {MIN_SIZE[net]} pixels a side, not {height} x {width}")
+    if images.ndim == 4 and 0 < min(images.shape[1:3]) < MIN_SIZE[net]:
+        factor = -(-MIN_SIZE[net] // min(images.shape[1:3]))
+        images = jnp.repeat(jnp.repeat(images, factor, axis=1), factor, axis=2)
     return LPIPS(net, half_precision).apply(flax_variables(params), images, method="features")  # type: ignore[return-value]
 
 
