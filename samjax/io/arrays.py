@@ -115,11 +115,11 @@ def strided(
     """A view of `data` as an array, whose elements are all checked to be inside.
 
     Args:
-      data: of the storage.
-      dtype: of the elements.
-      offset: of the first element, in elements.
-      shape: of the array.
-      strides: in elements; zero where a value is repeated, as after torch's `expand`.
+      data: data of the storage.
+      dtype: type of the elements.
+      offset: offset of the first element, in elements.
+      shape: shape of the array.
+      strides: strides in elements; zero where a value is repeated, as after torch's `expand`.
 
     Raises:
       UserError: if an element is outside of `data`, or the array is over 16 MB and takes more than the whole `data`.
@@ -241,14 +241,13 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
 def _mapping(items: Any = (), *_: Any, **__: Any) -> dict[Any, Any]:
     if isinstance(items, dict):
         return dict(items)
+    # Some classes take arguments of their own, which are no entries.
     pairs = items if isinstance(items, list | tuple) else ()
-    return pickles.fill({}, [part for pair in pairs for part in _pair(pair)])
+    return pickles.fill({}, [part for pair in pairs if _is_pair(pair) for part in pair])
 
 
-def _pair(pair: Any) -> Any:
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise ValueError("a pair is expected")
-    return pair
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _default_mapping(*_: Any) -> dict[Any, Any]:
