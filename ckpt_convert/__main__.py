@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program.
 
     Args:
-      arguments: of the command line. Default: `sys.argv[1:]`.
+      arguments: arguments of the command line. Default: `sys.argv[1:]`.
 
     Returns:
       The exit code: 0, 2 for an error, or 130 if interrupted.

@@ -77,7 +77,7 @@ class Unpacked(NamedTuple):
     """The contents of a file as plain Python objects; arrays are read on demand.
 
     Attributes:
-      kind: of the file.
+      kind: kind of the file.
       held: its contents.
       unknown: names of classes in it that are not read.
     """
@@ -94,7 +94,7 @@ def unpack(path: Path, data: memoryview) -> Unpacked:
     """Reads a file in the format that its first bytes identify.
 
     Args:
-      path: of the file.
+      path: path of the file.
       data: its contents, memory-mapped.
 
     Raises:
@@ -320,8 +320,8 @@ def export(folder: str | Path, path: str | Path, names: Names) -> list[str]:
     ("sam") becomes a file of `torch.save` like those that SAM's authors publish. `read` restores the same bits.
 
     Args:
-      folder: of the converted network; see `samjax.io.checkpoints.load_network`.
-      path: of the file; one that exists is replaced.
+      folder: directory of the converted network; see `samjax.io.checkpoints.load_network`.
+      path: path of the file; one that exists is replaced.
       names: the program whose names to use.
 
     Returns:

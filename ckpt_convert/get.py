@@ -120,7 +120,7 @@ def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify
     """Converts a file as its authors distribute it into the cache; any other path is returned as it is.
 
     Args:
-      path: of the file.
+      path: path of the file.
       network: the expected kind, a key of `samjax.io.checkpoints.NETWORKS`.
       cache: default: `samjax.io.registry.cache_folder()`.
       notify: called with a line of text before a conversion.

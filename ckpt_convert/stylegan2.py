@@ -275,7 +275,7 @@ def complete(
     Args:
       naming: the table of the program that wrote the file.
       stored: the file's arrays, by its own names.
-      config: of the generator.
+      config: sizes of the generator.
 
     Returns:
       The arrays with stored noise drawn from `NOISE_SEED`, and zeros for the mean style, which the caller estimates;
@@ -340,7 +340,7 @@ def to_ours(naming: Naming, stored: Mapping[str, Stored], config: StyleGAN2Confi
     Args:
       naming: the table of the program that wrote the file.
       stored: the file's arrays, by its own names.
-      config: of the generator.
+      config: sizes of the generator.
 
     Returns:
       Arrays by samjax's flat names, views of the file where possible.
@@ -371,7 +371,7 @@ def to_theirs(naming: Naming, params: Mapping[str, Any], config: StyleGAN2Config
     Args:
       naming: the table of the other program.
       params: arrays by samjax's flat names.
-      config: of the generator.
+      config: sizes of the generator.
 
     Returns:
       Float32 arrays by the program's names, including its filters.

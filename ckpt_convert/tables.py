@@ -47,7 +47,7 @@ class Row(NamedTuple):
     Attributes:
       pattern: regular expression of samjax's names.
       name: returns the name in the other program, from the groups of the pattern.
-      layout: of the array.
+      layout: layout of the array.
     """
 
     pattern: str
@@ -166,7 +166,7 @@ def to_ours(
     Args:
       rows: the table.
       stored: the file's arrays, by its own names.
-      shapes: of samjax's parameters, by flat names.
+      shapes: shapes of samjax's parameters, by flat names.
       what: the network, for messages.
       constants: further names that the file must have, with their shapes.
       ignored: pattern of names that inference does not use.

@@ -40,9 +40,10 @@ class Arguments(Options):
     scenes: int = 32
     """Number of hard scenes."""
     scene_seed: int = 1
-    """Which hard scenes: those of 1 are held out; the demo's threshold was chosen on those of 2."""
+    """Seed of the hard scenes: seed 1 is held out; the demo's threshold was chosen on seed 2."""
     thresholds: tuple[float, ...] = ()
-    """Mean errors up to which a segment may use a layer, a row each. Default: threshold."""
+    """Mean errors up to which a segment may use a layer; the table has one row for each. Default: the value of
+    --threshold."""
     edit: str | None = None
     """The direction whose effect is measured: the name of one in edits_folder, or a file. Default: the demo's
     blue_car."""

@@ -1,4 +1,4 @@
-"""Evaluates the learned networks: predicted maps against measured ones, the encoder's code against the mean style.
+"""Learned networks: predicted maps compared with measured ones, and the encoder's code with the mean style.
 
     python experiments/evaluate_learned.py                              # 64 held-out hard scenes of the demo
     python experiments/evaluate_learned.py --images DIR --gan_weights converted/ --e4e_path output/encoder/encoder \\
@@ -38,7 +38,7 @@ class Arguments(Options):
     scenes: int = 64
     """Number of hard scenes."""
     scene_seed: int = 3
-    """Which hard scenes; the networks were trained on those of 30, and chosen on those of 31."""
+    """Seed of the hard scenes: the networks were trained on those of seed 30, and chosen on those of seed 31."""
 
 
 def main(args: Arguments) -> None:

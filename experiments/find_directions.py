@@ -6,10 +6,11 @@
     python experiments/find_directions.py --generator converted/ --scorer score.py:smile --output_path directions
 
 `ganspace` takes the principal components of the generator's styles, `sefa` the directions to which its weights respond
-most; neither needs labels, and `sefa` finds others in another range of layers. `supervised` takes scores of images:
-from a CSV file with the columns seed and score (seeds as in generate.py), or from a Python function, from images uint8
-[N, R, R, 3] to N numbers. Scores that are all 0 or 1 are classes. OUTPUT_PATH gets a file for each direction, which
-`invert.py --edits_folder OUTPUT_PATH` applies, and NAME.png: the effect of each on some images, at five strengths.
+most; neither needs labels, and `sefa` finds different directions for each range of layers. `supervised` takes scores of
+images: from a CSV file with the columns seed and score (seeds as in generate.py), or from a Python function, from
+images uint8 [N, R, R, 3] to N numbers. If all scores are 0 or 1, they are treated as class labels. OUTPUT_PATH gets a
+file for each direction, which `invert.py --edits_folder OUTPUT_PATH` applies, and NAME.png: the effect of each on some
+images, at five strengths.
 
 A strength of 1 is one standard deviation of the generator's own styles along a direction. The typical strength, noted
 in each file and shown at the ends of the sheet, is the one at which images have changed by --typical_change.
@@ -59,13 +60,13 @@ class Arguments:
     scorer: str | None = None
     """For supervised: FILE.py:NAME, a function that scores images; the file is run."""
     scored: int = 500
-    """Number of images that the scorer gets."""
+    """Number of images to score."""
     class_idx: int | None = None
     """Class of the images, for a generator with classes. Default: all classes."""
     name: str | None = None
     """Name of the files. Default: the method, or the name of the file of scores or of the scorer."""
     samples: int = 20_000
-    """Number of mapped z, for the spread of the styles."""
+    """Number of z mapped to estimate the spread of the styles."""
     images: int = 3
     """Number of images on the sheet."""
     truncation_psi: float = 0.7

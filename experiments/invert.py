@@ -40,13 +40,14 @@ class Arguments(Options):
     sweep_thresholds: bool = False
     """Runs all thresholds of the category; those that choose the same layers are optimized once."""
     paste_back: bool = False
-    """Also writes reconstruction and edits at the image's own size and shape; what a crop removed is unchanged."""
+    """Also writes reconstruction and edits at the image's own size and shape; areas removed by a crop stay as in the
+    original."""
     save_final_latent: bool = True
-    """Keeps latents_T*.npz, from which a later run continues."""
+    """Keeps latents_T*.npz so that a later run can continue."""
     save_intermediate: bool = False
     """Keeps images of the optimization in progress, every save_frequency steps."""
     save_frequency: int = 250
-    """Steps between two such images."""
+    """Steps between intermediate images."""
 
 
 def main(args: Arguments) -> None:

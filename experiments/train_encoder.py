@@ -1,4 +1,4 @@
-"""Trains an encoder for a generator: from an image to the W+ at which its inversion starts.
+"""Trains an encoder, which maps an image to the W+ code where its inversion starts.
 
     python experiments/train_encoder.py --gan_weights converted/ --image_folder photos/train \\
         --image_folder_val photos/val --output_folder output/encoder

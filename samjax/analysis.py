@@ -199,9 +199,9 @@ def predict_maps(
 # --- where W+ starts ---
 
 
-@functools.partial(jax.jit, static_argnames=("config", "precision"))
-def _encode(params: Variables, images: Array, config: E4EConfig, precision: str) -> Array:
-    with jax.default_matmul_precision(precision):
+@functools.partial(jax.jit, static_argnames="config")
+def _encode(params: Variables, images: Array, config: E4EConfig) -> Array:
+    with jax.default_matmul_precision("highest"):
         return e4e.encode(params, images, config)
 
 
@@ -210,7 +210,6 @@ def encode(
     params: Variables,
     targets: ArrayLike,
     *,
-    precision: str = "highest",
     batch_size: int = 1,
 ) -> np.ndarray:
     """Codes of targets by the e4e encoder (Tov et al., SIGGRAPH 2021), from which the authors' inversions start.
@@ -219,7 +218,6 @@ def encode(
       config: sizes of the encoder.
       params: its variables; see `samjax.nets.e4e`.
       targets: [N, h, w, 3] in [-1, 1].
-      precision: precision of convolutions; "highest" is full float32 on every device.
       batch_size: targets in one pass.
 
     Returns:
@@ -228,7 +226,7 @@ def encode(
     Raises:
       ValueError: targets of another shape, or too large.
     """
-    made = lambda x: _encode(params, jnp.asarray(x), config, precision)  # noqa: E731
+    made = lambda x: _encode(params, jnp.asarray(x), config)  # noqa: E731
     return batching.map_batches(made, np.asarray(targets, np.float32), batch_size)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from samjax.errors import UserError
 
@@ -19,11 +20,17 @@ _until_the_end: contextvars.ContextVar[contextlib.ExitStack | None] = contextvar
 def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
     """Parses the command line into the dataclass `arguments` (dashes or underscores) and calls `main` with it.
 
+    `--help` begins with the docstring of the dataclass's module.
+
     Exit codes: 0 for success; 2 for bad input, with one line and no traceback; 130 for Ctrl-C.
     """
     import tyro
 
-    args = tyro.cli(arguments)
+    args = tyro.cli(
+        _without_empty_defaults(arguments),
+        description=sys.modules[arguments.__module__].__doc__,
+        config=(tyro.conf.DisallowNone,),
+    )
     from samjax import runtime
 
     runtime.configure()
@@ -43,6 +50,20 @@ def run(arguments: type[Args], main: Callable[[Args], None]) -> None:
         sys.exit(130)
     finally:
         _until_the_end.set(None)
+
+
+def _without_empty_defaults(arguments: Any) -> Any:
+    """A subclass whose help leaves "(default: None)" out: the texts of such options say what the default is."""
+    import tyro
+
+    hidden = tyro.conf.arg(help_behavior_hint="")
+    hints = get_type_hints(arguments, include_extras=True)
+    fields = [
+        (field.name, Annotated[hints[field.name], hidden], dataclasses.field(default=field.default))
+        for field in dataclasses.fields(arguments)
+        if field.default in (None, ())
+    ]
+    return dataclasses.make_dataclass(arguments.__name__, fields, bases=(arguments,), frozen=True)
 
 
 def note(line: str) -> None:

@@ -1,9 +1,10 @@
-"""`UserError`, the exception for errors that the user can correct, and what may stand in its message."""
+"""`UserError`, the exception for errors that the user can correct, what may stand in its message, and common checks."""
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MOST = 4000  # characters of a message; lists of wrong names are the longest
@@ -66,3 +67,29 @@ def brief(error: BaseException) -> str:
     if isinstance(error, LookupError):  # whose text is a value from the file
         return type(error).__name__
     return escaped(" ".join(str(error).split()), 120) or type(error).__name__
+
+
+def check_least(options: Any, least: Mapping[str, float]) -> None:
+    """Checks that options are at least as large as they have to be, and finite; None passes.
+
+    Args:
+      options: an object with the options as attributes.
+      least: name of an option to its least value.
+
+    Raises:
+      UserError: an option is smaller, infinite or NaN.
+    """
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name} must be at least {low}, not {value}")
+
+
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """Checks a seed, of which random generators take 32 bits.
+
+    Raises:
+      UserError: the seed is negative or above 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{flag} must lie between 0 and 4294967295, not {shown(seed)}")

@@ -185,7 +185,7 @@ def evaluate(
     Args:
       pipeline: as returned by `load`.
       example: the image.
-      thresholds: that of the category if empty.
+      thresholds: thresholds of SAM; the category's if empty.
       direction: [num_ws, w_dim] of the edit whose effect is measured; None for no edit.
       strength: strength of the edit.
 

@@ -73,7 +73,7 @@ def read_ws(path: Path, config: StyleGAN2Config) -> np.ndarray:
     """Reads the codes in a file, in W or W+; see `samjax.io.styles.read`.
 
     Args:
-      path: of the file.
+      path: path of the file.
       config: sizes of the generator.
 
     Returns:

@@ -49,7 +49,7 @@ def show_row(named: Mapping[str, ArrayLike], height: int = 256) -> None:
 
     Args:
       named: name to image [H, W, 3], uint8 or float in [-1, 1].
-      height: to which all are resized, in pixels.
+      height: height in pixels to which all images are resized.
     """
     gap, top = 12, 30
     resized = [
@@ -112,7 +112,7 @@ def upload(prompt: str) -> Path | None:
     """Asks for a file on Colab.
 
     Args:
-      prompt: says which file.
+      prompt: text that says which file to upload.
 
     Returns:
       Path of the uploaded file; None if the dialog is canceled, and outside Colab.
@@ -159,7 +159,7 @@ def run_program(path: Path, ok: Sequence[int] = (0,), **flags: Any) -> int:
     `python invert.py --image_path car.png --paste_back`.
 
     Args:
-      path: of the program.
+      path: path of the program.
       ok: exit codes that are not an error.
       **flags: True stands for a flag without a value, a tuple for several values, and None leaves the flag out.
 

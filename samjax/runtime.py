@@ -10,11 +10,13 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from samjax.errors import UserError
+from samjax.errors import UserError, brief
 from samjax.io import registry
 
 
@@ -80,16 +82,38 @@ def connect(distributed: bool, coordinator: str | None, num_processes: int | Non
     Args:
       distributed: whether to read the addresses and the index of this process from its environment.
       coordinator: address of the first process, HOST:PORT, if the environment does not define it; needs the next two.
-      num_processes: number of processes.
-      process_id: index of this process.
+      num_processes: number of processes, at least 1.
+      process_id: index of this process, below that number.
 
     Raises:
-      UserError: one of the three is missing.
+      UserError: one of the three is missing or impossible, or the processes cannot be joined.
     """
     given = (coordinator, num_processes, process_id)
-    if distributed:
-        jax.distributed.initialize()
-    elif any(value is not None for value in given):
-        if None in given:
+    if distributed and given == (None, None, None):
+        _initialize(
+            "--distributed: the environment does not say which processes belong to this run; give --coordinator,"
+            " --num_processes and --process_id instead"
+        )
+    elif given != (None, None, None):
+        if distributed:
+            raise UserError(
+                "--distributed excludes --coordinator, --num_processes and --process_id: give one or the other"
+            )
+        if coordinator is None or num_processes is None or process_id is None:
             raise UserError("--coordinator, --num_processes and --process_id go together: give all three")
-        jax.distributed.initialize(*given)
+        host, _, port = coordinator.rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+            raise UserError(f"--coordinator {coordinator!r}: give the address of the first process as HOST:PORT")
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--process_id {process_id} of --num_processes {num_processes}: processes are counted from 0"
+            )
+        _initialize(f"--coordinator {coordinator}: cannot join the other processes", *given)
+
+
+def _initialize(message: str, *address: Any) -> None:
+    """`jax.distributed.initialize`, with one line if it fails."""
+    try:
+        jax.distributed.initialize(*address)
+    except (ValueError, RuntimeError) as error:  # no cluster found, or no connection
+        raise UserError(f"{message} ({brief(error)})") from error

@@ -123,40 +123,32 @@ def merge_classes(labels: ArrayLike, merged: Mapping[int, int]) -> np.ndarray:
     return result
 
 
-def ade20k(
-    variables: Variables,
-    config: ade20k_network.ADE20KConfig,
-    *,
-    merge: bool = True,
-    size: tuple[int, int] | None = None,
-) -> Segmenter:
+def ade20k(variables: Variables, config: ade20k_network.ADE20KConfig) -> Segmenter:
     """The ADE20K segmenter, SAM's for cars (at labels of 192 x 256).
 
     Args:
-      variables: of `samjax.nets.ade20k`.
+      variables: variables of `samjax.nets.ade20k`.
       config: the network's.
-      merge: whether to merge classes as in `ADE20K_MERGED`.
-      size: (H, W) of the labels; that of the image if None.
 
     Returns:
-      A segmenter: compiled once for each image size, in full float32. It raises UserError for images of another shape.
+      A segmenter, with classes merged as in `ADE20K_MERGED`: compiled once for each image size, in full float32. It
+      raises UserError for images of another shape.
     """
-    labels = functools.partial(ade20k_network.labels, config=config, size=size)
-    return _segmenter(labels, variables, ADE20K_MERGED if merge else {})
+    return _segmenter(functools.partial(ade20k_network.labels, config=config), variables, ADE20K_MERGED)
 
 
-def face_parsing(variables: Variables, config: bisenet.BiSeNetConfig, *, merge: bool = True) -> Segmenter:
+def face_parsing(variables: Variables, config: bisenet.BiSeNetConfig) -> Segmenter:
     """The face parser, SAM's for faces.
 
     Args:
-      variables: of `samjax.nets.bisenet`.
+      variables: variables of `samjax.nets.bisenet`.
       config: the network's.
-      merge: whether to merge classes as in `FACE_MERGED`.
 
     Returns:
-      A segmenter: compiled once for each image size, in full float32. It raises UserError for images of another shape.
+      A segmenter, with classes merged as in `FACE_MERGED`: compiled once for each image size, in full float32. It
+      raises UserError for images of another shape.
     """
-    return _segmenter(functools.partial(bisenet.labels, config=config), variables, FACE_MERGED if merge else {})
+    return _segmenter(functools.partial(bisenet.labels, config=config), variables, FACE_MERGED)
 
 
 def instances(
@@ -169,7 +161,7 @@ def instances(
     """Instances by Mask R-CNN, SAM's segmenter for cats, painted with their class: lower scores over higher ones.
 
     Args:
-      variables: of `samjax.nets.mask_rcnn`.
+      variables: variables of `samjax.nets.mask_rcnn`.
       config: the network's.
       score_threshold: instances with this score or less are left out.
       swap_channels: whether to swap red and blue, as SAM's authors do: they pass an RGB image to a

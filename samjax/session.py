@@ -49,7 +49,7 @@ class ProgressUpdate(NamedTuple):
 
     Attributes:
       task: what is running.
-      fraction: of the work that is done, 0 to 1.
+      fraction: fraction of the work done so far, from 0 to 1.
       message: step, loss and time left, in words.
       image: [R, R, 3], the generator's image of the current latents, about once a second during an inversion.
     """
@@ -67,11 +67,11 @@ class Session:
     """One image, from opening it to editing it.
 
     Several threads may use a session at once: the controls of a page change `threshold` and `forced` while an inversion
-    runs, which uses the values of its beginning.
+    runs, which uses the values they had when it started.
 
     Attributes:
-      pipeline: that does the work.
-      name: of the image, made safe for the names of files.
+      pipeline: the pipeline that does the work.
+      name: name of the image, made safe for the names of files.
       source: uint8 [H, W, 3], the image as it was given.
       target: float32 [h, w, 3] in [-1, 1], the image to reconstruct.
       threshold: mean error up to which a segment may use a layer.
@@ -90,7 +90,7 @@ class Session:
         """Opens an image.
 
         Args:
-          pipeline: that analyzes, inverts and edits it.
+          pipeline: the pipeline that analyzes, inverts and edits the image.
           image: as in `Pipeline.analyze`.
           segments: as in `Pipeline.analyze`.
           segment_names: label to what the segment shows.
@@ -153,7 +153,7 @@ class Session:
         """The label of the segment at a position, given as fractions of the width and the height from the upper left.
 
         Raises:
-          UserError: the image is not analyzed yet.
+          UserError: the image has not been analyzed yet.
         """
         segments = self._analyzed().segments
         row, column = (min(max(int(v * n), 0), n - 1) for v, n in zip((y, x), segments.shape, strict=True))
@@ -168,7 +168,7 @@ class Session:
         """The layer of each segment, by `threshold` and `forced`.
 
         Raises:
-          UserError: the image is not analyzed yet.
+          UserError: the image has not been analyzed yet.
         """
         known = self._analyzed()
         chosen = layer_selection.assign_layers(known.maps, known.segments, self.threshold)
@@ -179,7 +179,7 @@ class Session:
         """What figures show before an inversion: segments, error maps, and the layer of each segment.
 
         Raises:
-          UserError: the image is not analyzed yet.
+          UserError: the image has not been analyzed yet.
         """
         return report.preview(self._analyzed(), self.assignment(), self.threshold, forced=self.forced)
 
@@ -198,7 +198,7 @@ class Session:
 
         Raises:
           StoppedError: `stop` was called.
-          UserError: the image is not analyzed yet.
+          UserError: the image has not been analyzed yet.
           DivergedError: a loss is not finite.
         """
         self._stop.clear()
@@ -222,13 +222,14 @@ class Session:
           UserError: there is none yet.
         """
         inversion, _ = self._inverted()
-        return f"Inverted in {inversion.seconds:.0f} s: LPIPS {inversion.metrics['LPIPS']:.3f} (0 is equal)."
+        return f"Inverted in {inversion.seconds:.0f} s: LPIPS {inversion.metrics['LPIPS']:.3f} (0 means identical)."
 
     def edit(self, strengths: Mapping[str, float]) -> np.ndarray:
         """Edits the last inversion along several directions at once.
 
         Args:
-          strengths: strength by the name of a direction of the pipeline; if all are 0, the reconstruction results.
+          strengths: strength by the name of a direction of the pipeline; if all are 0, the result is the
+            reconstruction.
 
         Returns:
           The generator's image, [R, R, 3] in [-1, 1].
@@ -269,8 +270,8 @@ class Session:
         The images have the generator's own size, without the letterbox.
 
         Args:
-          directory: of the files; it is created if it is missing.
-          strengths: of the edited image, as in `edit`.
+          directory: where the files are written; created if missing.
+          strengths: strengths of the edit, as in `edit`.
 
         Returns:
           The files: NAME_latents.npz, with "latent_W+" and so on, "loss" [steps] and "layer_map" [h, w];
@@ -294,12 +295,12 @@ class Session:
 
     def _analyzed(self) -> Analysis:
         if self.analysis is None:
-            raise UserError("the image is not analyzed yet: call analyze")
+            raise UserError("the image has not been analyzed yet: call analyze")
         return self.analysis
 
     def _inverted(self) -> tuple[Inversion, dict[int, Array]]:
         if self._finished is None:
-            raise UserError("the image is not inverted yet: call invert")
+            raise UserError("the image has not been inverted yet: call invert")
         return self._finished
 
     def _watch(self, task: str, on_progress: OnProgress | None, *, draw: bool) -> driver.OnProgress:

@@ -22,6 +22,7 @@ torch.set_num_threads(1)  # its idle threads would take CPU time from JAX's
 NETS: tuple[lpips.Net, ...] = ("vgg", "alex")
 SLOW_VGG = (pytest.param("vgg", marks=pytest.mark.slow), "alex")  # for programs that take half a minute to compile
 SHAPES: dict[lpips.Net, tuple[int, ...]] = {"vgg": (3, 37, 23, 3), "alex": (3, 61, 50, 3)}  # one compilation serves all
+CHANNELS: dict[lpips.Net, tuple[int, ...]] = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
 TOLERANCE = 1e-5  # absolute; values are near 0.5, and float32 sums of some 1e6 terms differ by a few 1e-7
 
 
@@ -119,7 +120,7 @@ def test_odd_sizes_match_torch(net, shape, params):
 def test_smallest_size_matches_torch(net, params):
     x = random_images(2, 1, lpips.MIN_SIZE[net], lpips.MIN_SIZE[net] + 1, 3)
     ours = jax.jit(lpips.features, static_argnames="net")(params[net], x, net)
-    assert [f.shape[-1] for f in ours] == list(lpips.STAGE_CHANNELS[net])
+    assert [f.shape[-1] for f in ours] == list(CHANNELS[net])
     assert ours[-1].shape[1:3] == (1, 1)
     for f, theirs in zip(ours, torch_stages(params[net], nchw(x), net), strict=True):
         assert np.abs(np.asarray(f) - nhwc(F.normalize(theirs))).max() < TOLERANCE
@@ -187,7 +188,7 @@ def test_one_and_many_agree_and_order_does_not_matter(net, params):
 
 
 def test_one_target_serves_many_images(params):
-    fx, fy = ([random_images(i, n, 3, 2, c) for c in lpips.STAGE_CHANNELS["alex"]] for i, n in ((7, 3), (8, 1)))
+    fx, fy = ([random_images(i, n, 3, 2, c) for c in CHANNELS["alex"]] for i, n in ((7, 3), (8, 1)))
     fx, one, three = tuple(fx), tuple(fy), tuple(f.repeat(3, 0) for f in fy)
     distance = jax.jit(lambda *a: (lpips.distance(*a), lpips.spatial_distance(*a, (6, 4))))
     for a, b in zip(distance(params["alex"], fx, one), distance(params["alex"], fx, three), strict=True):
@@ -361,7 +362,7 @@ def test_without_minimal_filtering_all_convolutions_are_plain(net, size, count):
 
 
 def random_features(seed: int, count: int) -> tuple[np.ndarray, ...]:
-    return tuple(random_images(seed + i, count, 3, 2, c) for i, c in enumerate(lpips.STAGE_CHANNELS["alex"]))
+    return tuple(random_images(seed + i, count, 3, 2, c) for i, c in enumerate(CHANNELS["alex"]))
 
 
 class TestDistance(chex.TestCase):

@@ -24,7 +24,7 @@ class Checkpoint(NamedTuple):
       naming: the program whose names `arrays` have, a key of `ckpt_convert.stylegan2.NAMINGS`.
       arrays: by the file's own names.
       settings: fields of `StyleGAN2Config` that the file states.
-      notes: for users of the converted generator.
+      notes: notes for users of the converted generator.
     """
 
     format: str

@@ -46,7 +46,7 @@ def checkpoint(
     Args:
       state: the dictionary.
       naming: the program whose names it has.
-      prefix: of its names.
+      prefix: prefix of its names.
       outer: the dictionaries around `state`, outermost first, one of which may hold the mean style.
       what: description of the file.
       average: the naming's name for the mean style.

@@ -19,7 +19,7 @@ from samjax.config import Options
 @dataclasses.dataclass(frozen=True)
 class Arguments(Options):
     port: int | None = None
-    """Port of the page. Default: the first free one from 7860 on."""
+    """Port of the page. Default: the first free port starting at 7860."""
     listen: bool = False
     """Lets other machines of the network open the page too."""
     open_browser: bool = False

@@ -87,7 +87,7 @@ def values_table(content: Content, selected: int | None) -> str:
             f"<tr{' class=selected' * (row.label == selected)}><th scope='row'>{title}</th>{''.join(cells)}</tr>"
         )
     return (
-        f"<div class='samjax-values'><table><thead><tr><th scope='col'>error expected in</th>{head}</tr></thead>"
+        f"<div class='samjax-values'><table><thead><tr><th scope='col'>expected error in</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -144,7 +144,7 @@ class Page:
                     self.image = self._image("Image", "image")
                 with gr.Column(**column):
                     self.segments = self._image("Segments", "segments")
-            gr.Markdown("## 2. The layer of each segment\nThe error to expect in each layer; lighter is worse.")
+            gr.Markdown("## 2. The layer of each segment\nExpected error in each layer; lighter means larger.")
             with gr.Row():
                 self.maps = [self._image(f"Error in {name}", f"map-{name}", min_width=110) for name in layers]
             with gr.Row():
@@ -180,7 +180,7 @@ class Page:
                         for i, name in enumerate(directions)
                     ]  # fmt: skip
                     if not directions:
-                        gr.Markdown("No directions: to edit, give `--edits_folder`, a directory of directions.")
+                        gr.Markdown("There are no directions. To edit, start the page with `--edits_folder DIRECTORY`.")
                     self.save = gr.Button("Prepare downloads", interactive=False, elem_id="save")
                     self.files = gr.File(
                         label="Latents, images, report", file_count="multiple", interactive=False, visible=False,
@@ -345,7 +345,7 @@ class Page:
             return
         image = shown_generated(session, session.edit({}))
         yield {
-            self.status: status(f"{session.summary()} Now edit."),
+            self.status: status(f"{session.summary()} You can edit it now."),
             **dict.fromkeys([self.result, self.edited], image),
             self.invert: gr.update(value="Invert again", interactive=True),
             self.stop: off,
@@ -395,9 +395,9 @@ def launch(pipeline: Pipeline, *, listen: bool, port: int | None, open_browser: 
     """Serves the page in threads of its own.
 
     Args:
-      pipeline: that all users share.
+      pipeline: the pipeline shared by all users.
       listen: whether other machines can open the page.
-      port: of the page; the first free one from 7860 on if None.
+      port: port of the page; if None, the first free port starting at 7860.
       open_browser: whether to open it in this machine's browser.
 
     Returns:

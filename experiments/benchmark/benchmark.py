@@ -52,7 +52,7 @@ class Arguments:
     resolutions: tuple[int, ...] = (256, 512, 1024)
     batch_sizes: tuple[int, ...] = (1, 4)
     steps: int = 3
-    """Steps of the largest batch in one round. Smaller batches take more: processors slow down under lasting load."""
+    """Steps of the largest batch in one round. Smaller batches take more: processors slow down under sustained load."""
     rounds: int = 5
     """Number of rounds; the tables show medians over them."""
     reference: tuple[Path, Path] | None = None
@@ -112,7 +112,7 @@ class Row:
         return self._relative(self.reference, 1)
 
     def against(self, other: Row) -> float | None:
-        """Our time of an image's step relative to that in another row; median over rounds."""
+        """Our time per image and step, relative to another row; median over rounds."""
         return None if self.failure or other.failure else self._relative(other.ours, other.batch_size)
 
     def _relative(self, theirs: Sequence[float], batch_size: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Makes what the demo has besides its generator: sample images, directions found in W, and trained networks.
+"""Makes the parts of the demo other than its generator: sample images, directions found in W, and trained networks.
 
     python experiments/demo/make_assets.py
     python experiments/demo/make_assets.py --encoder runs/encoder/encoder --predictor runs/predictor/predictor

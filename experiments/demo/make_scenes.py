@@ -3,7 +3,7 @@
     python experiments/demo/make_scenes.py --output_path runs/scenes/train --count 2000 --seed 30
 
 Writes OUTPUT_PATH/sceneSEED_NUMBER.png, about 20 a second on a CPU core. One in four scenes is easy, that is, one
-that the generator can draw; the others are hard, with things in them that the generator does not know.
+that the generator can draw; the others are hard, and show objects that the generator has never seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Arguments:
     count: int = 2000
     """Number of scenes."""
     seed: int = 30
-    """Which scenes. Seeds 1 and 2 are those of evaluation and tuning, seed 20 those of the samples."""
+    """Seed of the scenes: seeds 1 and 2 are for evaluation and tuning, seed 20 is that of the samples."""
     easy_every: int = 4
     """Every n-th scene is easy: 1 for all, 0 for none."""
 

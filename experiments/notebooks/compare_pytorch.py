@@ -40,7 +40,7 @@ IMAGE = None  # path of your image; None: one of the authors' samples
 THRESHOLD = None  # mean error up to which a segment may use a layer, or "auto"; None: the category's
 STEPS = 5  # of the optimization that is compared: the first ones of the authors' 1001
 
-DEMO_STEPS = None  # of the inversion by samjax alone; None: the demo's 100
+DEMO_STEPS = None  # steps of the inversion with samjax alone; None: the demo's 100
 OUTPUT = "output/compare_pytorch"  # directory of the figures and the table
 
 # %% [markdown]
@@ -117,7 +117,7 @@ both = code != 2
 verdicts = {
     0: "Every stage is within its tolerance.",
     1: "A stage is not within its tolerance: see the table.",
-    2: "The PyTorch half is off: the line above says what is missing. samjax runs alone, below.",
+    2: "The PyTorch half was skipped: the line above says what is missing. samjax runs alone, below.",
 }
 print(verdicts[code])
 
@@ -142,7 +142,7 @@ if both:
 # %% [markdown]
 # ## samjax alone
 #
-# If the PyTorch half is off: a whole inversion of the embedded demo, which needs no files. W+ edits the car but loses
+# If the PyTorch half was skipped: a whole inversion of the demo, which needs no files. W+ edits the car but loses
 # the objects that the generator has not learned, F10 preserves them but ignores the edit, SAM does both.
 
 # %%

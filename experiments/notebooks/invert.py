@@ -32,10 +32,10 @@ GENERATOR = None  # path of your StyleGAN2: .pkl, .pt, .safetensors, or a conver
 CATEGORY = None  # "cars", "faces" or "cats": the authors' networks instead, downloaded once, for non-commercial use
 EDITS = None  # directory of directions for the generator; None: its own, or principal components of its styles
 
-THRESHOLD = None  # of your image; None: the category's. The figures below help to choose it
-STEPS = None  # of an inversion; None: 100 for the demo, 340 for other generators
-STRENGTHS = (0.0, 1.0, 2.0, 3.0)  # of an edit, as multiples of its direction
-OUTPUT = "output"  # results go to a directory in it that has the name of your image
+THRESHOLD = None  # threshold for your image; None: the category's. The figures below help to choose it
+STEPS = None  # number of optimization steps; None: 100 for the demo, 340 for other generators
+STRENGTHS = (0.0, 1.0, 2.0, 3.0)  # strengths of the edits, as multiples of the direction
+OUTPUT = "output"  # results go to a subdirectory named after your image
 
 # %% [markdown]
 # Install samjax if it is missing; on Colab this takes a minute or two. If Colab asks you to restart the runtime, do so

@@ -44,16 +44,16 @@
 # %% tags=["parameters"]
 SAMJAX = None  # what to install if samjax is missing: a git address, or the path of a wheel that you upload
 
-OUTPUT = "output/my_domain"  # for everything; "/content/drive/MyDrive/my_domain" outlives a Colab runtime
+OUTPUT = "output/my_domain"  # directory for everything; "/content/drive/MyDrive/…" is kept after a Colab runtime ends
 GENERATOR = None  # path of your StyleGAN2: .pkl, .pt, .safetensors, or a converted directory; None: the demo's
 IMAGES = None  # directory of images, dozens at least; None: scenes of the demo
 
-SCENES = 24  # to draw for the demo
-INVERSION_STEPS = None  # of each inversion; None: 100 for the demo, 340 for other generators
+SCENES = 24  # number of scenes to draw for the demo
+INVERSION_STEPS = None  # steps of each inversion; None: 100 for the demo, 340 for other generators
 TRAIN_ENCODER = False  # True: trains an encoder first, on the same images
-ENCODER_STEPS = 300  # of the encoder's training
-PREDICTOR_STEPS = 300  # of the predictor's training
-SIZE = "small"  # of both networks, a megabyte or two; "full": the authors', for much data on an accelerator
+ENCODER_STEPS = 300  # steps of encoder training
+PREDICTOR_STEPS = 300  # steps of predictor training
+SIZE = "small"  # size of both networks ("small": a megabyte or two; "full": the authors', for much data)
 
 # %% [markdown]
 # Install samjax if it is missing; on Colab this takes a minute or two. If Colab asks you to restart the runtime, do so

@@ -86,8 +86,8 @@ class _Canvas:
     def __init__(self, image: Array, labels: Array, pixel: Array | float):
         self.image, self.labels, self.pixel = image, labels, pixel
 
-    def paint(self, distance: Array, color: Array, label: int | None = None, alpha: float = 1.0) -> _Canvas:
-        cover = jnp.clip(0.5 - distance / self.pixel, 0, 1)[..., None] * alpha
+    def paint(self, distance: Array, color: Array, label: int | None = None) -> _Canvas:
+        cover = jnp.clip(0.5 - distance / self.pixel, 0, 1)[..., None]
         image = self.image * (1 - cover) + color * cover
         labels = self.labels if label is None else jnp.where(distance < 0, label, self.labels)
         return _Canvas(image, labels, self.pixel)

@@ -59,6 +59,11 @@ class Kind(NamedTuple):
     config: type
     init: Callable[..., Any]
 
+    @property
+    def one(self) -> str:
+        """Its name with the article: "a generator", "an e4e encoder"."""
+        return f"{'an' if self.what[0] in 'aeiouA' else 'a'} {self.what}"
+
 
 NETWORKS: Mapping[str, Kind] = {
     "generator": Kind("generator", StyleGAN2Config, stylegan2.init),
@@ -132,15 +137,12 @@ def compact(names: Iterable[str]) -> str:
     )
 
 
-def differences(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()
-) -> str:
+def differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Describes in one line how the arrays of a file differ from the expected ones.
 
     Args:
       found: name to shape in the file.
       expected: name to shape that the network needs.
-      ignored: names that the file may have in addition.
 
     Returns:
       All missing and unexpected names and all wrong shapes; "" if there are none.
@@ -148,8 +150,7 @@ def differences(
     parts = []
     if missing := [name for name in expected if name not in found]:
         parts.append(f"{len(missing)} missing: {compact(missing)}")
-    allowed = set(ignored)
-    if unexpected := [name for name in found if name not in expected and name not in allowed]:
+    if unexpected := [name for name in found if name not in expected]:
         parts.append(f"{len(unexpected)} unexpected: {compact(unexpected)}")
     both = [name for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
     if both:
@@ -180,7 +181,7 @@ def config_from_dict(values: Any, where: str, network: str = "generator") -> Any
     what, kind, _ = NETWORKS[network]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(values, Mapping) or not set(values) <= set(fields):
-        raise UserError(f"{where} has no config of a {what}: damaged, or of another program?")
+        raise UserError(f"{where} has no config of {NETWORKS[network].one}: damaged, or of another program?")
     taken = {}
     for name, value in values.items():
         # Only fields whose default is 0 may be 0.
@@ -253,8 +254,8 @@ def network_at(path: str | Path) -> str | None:
     """The kind of the converted network at `path`, a key of `NETWORKS`; None if there is none.
 
     Args:
-      path: of a directory written by `save_network`, or of a file written by `save_safetensors`. Only the manifest or
-        the metadata is read.
+      path: path of a directory written by `save_network`, or of a file written by `save_safetensors`. Only the
+        manifest or the metadata is read.
     """
     path = Path(path)
     try:
@@ -271,8 +272,8 @@ def check_writable(path: str | Path, manifest: Mapping[str, Any]) -> None:
     """Checks in advance that `save_network` may write to `path`.
 
     Args:
-      path: of the directory.
-      manifest: of the network to be written; only its `source` counts.
+      path: path of the directory.
+      manifest: manifest of the network to be written; only its `source` counts.
 
     Raises:
       UserError: if `path` is a file, a directory of something else, or holds the network of another source.
@@ -332,8 +333,8 @@ def save_network(path: str | Path, config: Any, params: Mapping[str, Any], manif
     A directory that holds the network of the same source is replaced; anything else at `path` is left alone.
 
     Args:
-      path: of the directory.
-      config: of the network; its type tells the kind of network.
+      path: path of the directory.
+      config: sizes of the network; its type tells the kind of network.
       params: nested dictionary of arrays: float32, or float16 or bfloat16, which halve the size on disk.
       manifest: the network's origin, for JSON; `source` decides what may be replaced.
 
@@ -393,7 +394,7 @@ def _restore(directory: Path, dtypes: Mapping[str, str]) -> dict[str, np.ndarray
 
 def _read_manifest(directory: Path, network: str) -> tuple[Any, dict[str, Any]]:
     """Config and manifest of a converted directory."""
-    what = NETWORKS[network].what
+    what, one = NETWORKS[network].what, NETWORKS[network].one
     try:
         text = (directory / MANIFEST).read_text("utf-8")
     except FileNotFoundError:
@@ -408,8 +409,8 @@ def _read_manifest(directory: Path, network: str) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{directory / MANIFEST} is damaged: convert the {what} again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _format(network):
         if other := network_at(directory):
-            raise UserError(f"{directory} holds another network ({NETWORKS[other].what}), where a {what} is expected")
-        raise UserError(f"{directory} is not a {what} converted by this version: convert it again")
+            raise UserError(f"{directory} holds another network ({NETWORKS[other].what}), where {one} is expected")
+        raise UserError(f"{directory} is not {one} converted by this version: convert it again")
     return config_from_dict(manifest.get("config"), str(directory / MANIFEST), network), manifest
 
 
@@ -463,6 +464,11 @@ def _open_safetensors(path: str | Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a converted generator or a .safetensors file") from None
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if Path(path).suffix.lower() != ".safetensors":
+            raise UserError(
+                f"{path} is not a converted network: give a directory or a .safetensors file of samjax, or the .pkl,"
+                " .pt, .pth or .ckpt file of another program"
+            ) from error
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable safetensors file ({reason}): damaged, or not whole?") from error
 
@@ -476,7 +482,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
     """Reads the arrays and the metadata of a safetensors file.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Returns:
       Arrays by name, and the metadata.
@@ -515,8 +521,8 @@ def save_safetensors(
     """Writes a network as one safetensors file with samjax's names and the config in the metadata.
 
     Args:
-      path: of the file, which is replaced if it exists.
-      config: of the network; its type tells the kind of network.
+      path: path of the file, which is replaced if it exists.
+      config: sizes of the network; its type tells the kind of network.
       params: nested dictionary of arrays.
       dtype: float32, or float16 for half the size.
       manifest: the network's origin, for JSON.
@@ -540,11 +546,11 @@ def save_safetensors(
 def _parse_metadata(path: Path, metadata: Mapping[str, str], network: str) -> tuple[Any, dict[str, Any]]:
     """Config and manifest in the metadata of a file."""
     if metadata.get("format") != _format(network):
-        what, other = NETWORKS[network].what, _FORMATS.get(metadata.get("format", ""))
+        one, other = NETWORKS[network].one, _FORMATS.get(metadata.get("format", ""))
         if other:
-            raise UserError(f"{path} holds another network ({NETWORKS[other].what}), where a {what} is expected")
+            raise UserError(f"{path} holds another network ({NETWORKS[other].what}), where {one} is expected")
         raise UserError(
-            f"{path} is not a {what} written by samjax: convert it first, python -m ckpt_convert {path} OUT_DIR"
+            f"{path} is not {one} written by samjax: convert it first, python -m ckpt_convert {path} OUT_DIR"
         )
     config = config_from_dict(parse_metadata(metadata.get("config"), str(path)), str(path), network)
     manifest = parse_metadata(metadata.get("manifest"), str(path))

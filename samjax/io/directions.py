@@ -81,7 +81,7 @@ def read(path: str | Path, num_ws: int, w_dim: int, *, components: Sequence[Comp
     """Reads the directions in a file.
 
     Args:
-      path: of a file with one of `samjax.io.values.SUFFIXES`, in any case.
+      path: path of a file with one of `samjax.io.values.SUFFIXES`, in any case.
       num_ws: number of styles that the generator takes.
       w_dim: dimension of a style.
       components: which components of a GANSpace or SeFa file to return; by default the `FIRST_COMPONENTS` in all
@@ -125,7 +125,7 @@ def read_folder(
     """Reads all directions in a directory; hidden files are passed over.
 
     Args:
-      folder: of the files.
+      folder: directory of the files.
       num_ws: number of styles that the generator takes.
       w_dim: dimension of a style.
       components: as in `read`; those of every GANSpace or SeFa file.
@@ -155,7 +155,7 @@ def check(array: np.ndarray, num_ws: int, w_dim: int, where: str | Path) -> np.n
     """Checks an array that is one direction, and broadcasts it over the styles.
 
     Args:
-      array: of shape (1, num_ws, w_dim), (num_ws, w_dim), (1, w_dim), (w_dim,) or (w_dim, 1).
+      array: array of shape (1, num_ws, w_dim), (num_ws, w_dim), (1, w_dim), (w_dim,) or (w_dim, 1).
       num_ws: number of styles that the generator takes.
       w_dim: dimension of a style.
       where: what messages call the array.

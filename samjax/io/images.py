@@ -555,9 +555,7 @@ def paste_back(original: Uint8, image: ArrayLike, mode: Fit = "stretch") -> Uint
     return np.array(made.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def fit_labels(
-    labels: NDArray[np.integer], height: int, width: int, mode: Fit = "stretch", fill: int = -1
-) -> NDArray[np.int32]:
+def fit_labels(labels: NDArray[np.integer], height: int, width: int, mode: Fit = "stretch") -> NDArray[np.int32]:
     """Resizes a label image to the nearest labels, placed as `fit` places its image.
 
     Args:
@@ -565,13 +563,12 @@ def fit_labels(
       height: height of the result.
       width: width of the result.
       mode: as in `fit`.
-      fill: label of the bars of a letterbox.
 
     Returns:
-      int32 [height, width].
+      int32 [height, width]; -1 in the bars of a letterbox.
     """
     image = Image.fromarray(np.asarray(labels, np.int32))
-    return np.array(_resize(image, height, width, mode, Image.Resampling.NEAREST, fill))
+    return np.array(_resize(image, height, width, mode, Image.Resampling.NEAREST, -1))
 
 
 def to_gray(image: Uint8) -> Uint8:
@@ -779,7 +776,7 @@ def list_images(directory: Path, *, notify: Notify = _warn) -> list[Path]:
     """The images of a directory that `read_image` reads, by their suffixes; hidden files are passed over.
 
     Args:
-      directory: of the images.
+      directory: directory of the images.
       notify: called with a line about files with other suffixes; by default, issues a Python warning.
 
     Returns:
@@ -789,7 +786,7 @@ def list_images(directory: Path, *, notify: Notify = _warn) -> list[Path]:
       UserError: there are none, or two names differ only in their suffixes, which the names of results lack.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: it must be a directory of images")
+        raise UserError(f"{directory} is not a directory: give a directory of images")
     formats = _formats()
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
     found, others = folders.list_files(directory, suffixes)

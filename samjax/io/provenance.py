@@ -62,7 +62,7 @@ def check_settings(path: str | Path, settings: Mapping[str, Any], flag: str) -> 
     The first call writes the settings to `path`; later calls compare with them.
 
     Args:
-      path: of the JSON file in the directory of the results.
+      path: path of the JSON file in the directory of the results.
       settings: what the results depend on; see `files.write_json`.
       flag: the option by which the user chooses another directory, for the message.
 

@@ -339,8 +339,8 @@ def _extent(file: WeightFile, response: requests.Response, have: int) -> tuple[i
 class _Resuming:
     """A downloader for pooch that resumes an interrupted download, whose bytes are in `part`."""
 
-    def __init__(self, file: WeightFile, part: Path, progress: bool) -> None:
-        self.file, self.part, self.progress = file, part, progress
+    def __init__(self, file: WeightFile, part: Path) -> None:
+        self.file, self.part = file, part
         self.state = part.with_suffix(".state")  # the ETag or date of the file
 
     def __call__(self, url: str, output_file: Any, _: Any) -> None:
@@ -366,10 +366,7 @@ class _Resuming:
                     self.state.unlink()  # without it a changed file could not be detected: not resumed
                 with (
                     self.part.open("ab" if have else "wb") as out,
-                    tqdm(
-                        desc=self.file.name, total=total, initial=have, unit="B", unit_scale=True,
-                        disable=not self.progress,
-                    ) as bar,
+                    tqdm(desc=self.file.name, total=total, initial=have, unit="B", unit_scale=True) as bar,
                     contextlib.suppress(requests.exceptions.ChunkedEncodingError, requests.ConnectionError),
                 ):  # fmt: skip
                     for chunk in response.iter_content(2**16):
@@ -471,7 +468,6 @@ def download(
     category: str,
     cache: Path,
     *,
-    progress: bool = True,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Downloads a file into the cache, unless it is there.
@@ -483,7 +479,6 @@ def download(
       file: from `CATEGORY_FILES`.
       category: the category it belongs to.
       cache: see `cache_folder`.
-      progress: whether to show a progress bar.
       notify: called with a line of text if there is something to wait for.
 
     Returns:
@@ -504,20 +499,20 @@ def download(
             path.with_name(f".{file.name}.lock"), wait=lambda: notify(f"waiting for another download of {file.name}")
         ):
             if not path.is_file():  # the other one may have failed
-                _download(file, path, cache / "downloads", progress)
+                _download(file, path, cache / "downloads")
     except OSError as error:
         raise UserError(f"{file.url} cannot be fetched: {_reason(error)}") from error
     return path
 
 
-def _download(file: WeightFile, path: Path, downloads: Path, progress: bool) -> None:
+def _download(file: WeightFile, path: Path, downloads: Path) -> None:
     import pooch
     import requests
 
     record, key = downloads / "hashes.json", _key(path, downloads)
     pin = _read_pins(record).get(key)
     expected = file.sha256 or (pin.sha256 if pin else None)
-    get = _Resuming(file, path.with_name(f"{file.name}.part"), progress)
+    get = _Resuming(file, path.with_name(f"{file.name}.part"))
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel("ERROR")  # it would print the hash of every file

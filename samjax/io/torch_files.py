@@ -55,8 +55,8 @@ class Storage:
     """The elements that tensors share, read when the first of the tensors is.
 
     Attributes:
-      dtype: of the elements.
-      count: of the elements.
+      dtype: type of the elements.
+      count: number of elements.
       load: returns their bytes, or raises UserError.
     """
 
@@ -367,7 +367,7 @@ def write(path: str | Path, found: Mapping[str, Any]) -> None:
     `torch.load` returns the same dictionaries, also with `weights_only=True`.
 
     Args:
-      path: of the file; one that exists is replaced.
+      path: path of the file; one that exists is replaced.
       found: arrays, and dictionaries of them, by name.
 
     Raises:

@@ -143,31 +143,24 @@ def init(config: ADE20KConfig, *, key: Array) -> Variables:
     return ADE20K(config).init(key, jnp.zeros((1, 8, 8, 3), jnp.float32))
 
 
-def _logits(variables: Variables, images: Array, config: ADE20KConfig, size: tuple[int, int] | None) -> Array:
-    x: Array = ADE20K(config).apply(variables, imagenet(images))  # type: ignore[assignment]
-    return resize_bilinear(x, (images.shape[1], images.shape[2]) if size is None else size)
-
-
-def probabilities(
-    variables: Variables, images: Array, config: ADE20KConfig, size: tuple[int, int] | None = None
-) -> Array:
-    """Probability of each class at every pixel.
+def logits(variables: Variables, images: Array, config: ADE20KConfig) -> Array:
+    """Logits of the classes at every pixel.
 
     Args:
       variables: as returned by `init` or converted from a checkpoint.
-      images: [N, h, w, 3] in [-1, 1], of any size.
+      images: [N, H, W, 3] in [-1, 1], of any size.
       config: sizes of the network.
-      size: (H, W) of the result, to which the logits are resized; default: that of the images.
 
     Returns:
-      [N, H, W, num_classes], which sum to 1 over the classes.
+      [N, H, W, num_classes].
 
     Raises:
       ValueError: If images have another shape or type.
     """
-    return nn.softmax(_logits(variables, images, config, size))
+    x: Array = ADE20K(config).apply(variables, imagenet(images))  # type: ignore[assignment]
+    return resize_bilinear(x, (images.shape[1], images.shape[2]))
 
 
-def labels(variables: Variables, images: Array, config: ADE20KConfig, size: tuple[int, int] | None = None) -> Array:
-    """The most probable class at every pixel, int32 [N, H, W]; arguments and errors as of `probabilities`."""
-    return jnp.argmax(_logits(variables, images, config, size), axis=-1).astype(jnp.int32)
+def labels(variables: Variables, images: Array, config: ADE20KConfig) -> Array:
+    """The most probable class at every pixel, int32 [N, H, W]; arguments and errors as of `logits`."""
+    return jnp.argmax(logits(variables, images, config), axis=-1).astype(jnp.int32)

@@ -84,8 +84,8 @@ class Bottleneck(nn.Module):
 
     Attributes:
       features: channels of the inner convolutions; the output has four times as many.
-      stride: of the 3x3 convolution, as in torchvision.
-      dilation: of the 3x3 convolution.
+      stride: stride of the 3x3 convolution, as in torchvision.
+      dilation: dilation of the 3x3 convolution.
       project: whether the shortcut is a convolution (in the first block of a stage).
       train: whether to normalize by the batch and update the running statistics.
       stride_first: whether the first 1x1 convolution has the stride instead, as in Caffe and Detectron2.

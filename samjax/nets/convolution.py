@@ -75,8 +75,8 @@ def prepack(weight: Array, height: int, width: int, *, minimal: bool | None = No
 
     Args:
       weight: [3, 3, I, O].
-      height: of the images.
-      width: of the images.
+      height: height of the images.
+      width: width of the images.
       minimal: whether to use minimal filtering, which needs float32 and a height divisible by 4 (otherwise the
         convolution is a plain one); default: where it saves time on JAX's default backend.
     """
@@ -290,7 +290,7 @@ def _four_rows(x: Array, taps: int, products: Sequence[Callable[[Array], Array]]
     Args:
       x: [N, 4 g + taps - 1 or more, W, I].
       taps: 2 or 3.
-      products: of each transformed kernel row, its convolution over columns, [N, g, W, I] to [N, g, W', O].
+      products: convolution of each transformed kernel row over columns, [N, g, W, I] to [N, g, W', O].
 
     Returns:
       [N, 4 g, W', O].

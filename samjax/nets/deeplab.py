@@ -222,7 +222,7 @@ def base(variables: Variables, images: Array, config: PredictorConfig) -> Array:
     """Features that the heads share.
 
     Args:
-      variables: of the whole predictor.
+      variables: variables of the whole predictor.
       images: [N, H, W, 3] in [-1, 1], of any size.
       config: sizes of the predictor.
 
@@ -262,7 +262,7 @@ def train_maps(variables: Variables, images: Array, config: PredictorConfig, *, 
       variables: as for `predict`.
       images: [N, H, W, 3] in [-1, 1]; N is at least 2, since the image-wide branch has one value per image.
       config: sizes of the predictor.
-      key: for dropout.
+      key: random key of dropout.
 
     Returns:
       Maps [N, L, H, W] and the updated "batch_stats": 0.9 times the old plus 0.1 times the batch's.

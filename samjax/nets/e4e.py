@@ -106,7 +106,7 @@ class ResidualBlock(nn.Module):
 
     Attributes:
       features: output channels.
-      stride: of the second convolution and of the shortcut.
+      stride: stride of the second convolution and of the shortcut.
       train: whether to normalize by the batch and update the running statistics.
     """
 

@@ -33,7 +33,6 @@ _VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512
 # Of AlexNet's stages: features, kernel size, stride and padding of the convolution, and whether its input is pooled.
 _ALEX_STAGES = ((64, 11, 4, 2, False), (192, 5, 1, 2, True), (384, 3, 1, 1, True), (256, 3, 1, 1, False),
                 (256, 3, 1, 1, False))  # fmt: skip
-STAGE_CHANNELS: Mapping[Net, tuple[int, ...]] = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
 MIN_SIZE: Mapping[Net, int] = {"vgg": 16, "alex": 31}  # of height and width, in pixels; the last stage is then 1 x 1
 
 
@@ -62,8 +61,8 @@ def max_pool_3x3(x: Array) -> Array:
     return x
 
 
-def normalize_channels(x: Array, eps: float = 1e-10) -> Array:
-    """Divides `x` by its Euclidean norm plus `eps`, along the last axis.
+def normalize_channels(x: Array) -> Array:
+    """Divides `x` by its Euclidean norm plus 1e-10, along the last axis.
 
     Where all channels are zero, the derivative of the norm is infinite and would make gradients NaN; it is replaced by
     zero. The values are those of the plain formula.
@@ -71,7 +70,7 @@ def normalize_channels(x: Array, eps: float = 1e-10) -> Array:
     power = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     positive = power > 0
     norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, power, 1.0)), 0.0)
-    return x / (norm + eps)
+    return x / (norm + 1e-10)
 
 
 # --- blocks ---
@@ -207,8 +206,8 @@ def prepack(
 
     Args:
       params: as returned by `init` or `samjax.io.weights.load_lpips`.
-      height: of the images.
-      width: of the images.
+      height: height of the images.
+      width: width of the images.
       net: "vgg" or "alex".
       half_precision: as it will be passed to `features`.
       minimal: see `convolution.prepack`.
@@ -241,7 +240,7 @@ def features(params: Params, images: Array, net: Net, *, half_precision: bool = 
       half_precision: whether to run the network in bfloat16.
 
     Returns:
-      Five arrays [N, h, w, C] with C from `STAGE_CHANNELS[net]`, of norm 1 along C, or 0.
+      Five arrays [N, h, w, C] with C the features of the stage, of norm 1 along C, or 0.
 
     Raises:
       ValueError: If `net` is unknown, or images have another shape or type.
@@ -257,7 +256,7 @@ def distance(params: Params, fx: tuple[Array, ...], fy: tuple[Array, ...]) -> Ar
     """LPIPS between images, given their features: the mean over pixels, summed over stages.
 
     Args:
-      params: of the network that computed the features.
+      params: parameters of the network that computed the features.
       fx: as returned by `features`.
       fy: likewise; a batch of one broadcasts against a larger one.
 
@@ -273,7 +272,7 @@ def spatial_distance(params: Params, fx: tuple[Array, ...], fy: tuple[Array, ...
     """LPIPS at every pixel: the map of each stage resized bilinearly to `size`, summed over stages.
 
     Args:
-      params: of the network that computed the features.
+      params: parameters of the network that computed the features.
       fx: as returned by `features`.
       fy: likewise; a batch of one broadcasts against a larger one.
       size: (H, W) of the result, usually those of the images.

@@ -55,7 +55,7 @@ class MaskRCNNConfig:
       num_classes: number of classes, without the background.
       features: channels of the first convolution of the ResNet; all its widths are multiples of it.
       blocks: residual blocks in each of the four stages.
-      channels: of the pyramid, the proposal network and the mask head.
+      channels: channels of the pyramid, the proposal network and the mask head.
       hidden: size of the two hidden layers of the box head.
       proposals: number kept in each level before suppression, and in all levels together after it.
       detections: largest number in an image.
@@ -141,7 +141,7 @@ def anchors(level: str, indices: Array, columns: int) -> Array:
     """Anchors, the boxes to which the deltas of the proposal network apply.
 
     Args:
-      level: of the pyramid, "p2" to "p6".
+      level: level of the pyramid, "p2" to "p6".
       indices: [N] into the rows x columns x 3 aspect ratios of the level.
       columns: number of columns of the level.
 
@@ -615,9 +615,9 @@ def paste(detections: Detections, height: int, width: int) -> Array:
     """The pixels of objects: masks, resized bilinearly to their boxes, where they are at least 0.5.
 
     Args:
-      detections: with boxes in an image of that size.
-      height: of the result.
-      width: of the result.
+      detections: detections with boxes in an image of that size.
+      height: height of the result.
+      width: width of the result.
 
     Returns:
       Bool [D, H, W]; all False for invalid detections.
@@ -633,9 +633,9 @@ def paint(detections: Detections, height: int, width: int) -> Array:
     """Class labels of pixels: the class of the object at each pixel, the least probable where they overlap, or 0.
 
     Args:
-      detections: with boxes in an image of that size.
-      height: of the result.
-      width: of the result.
+      detections: detections with boxes in an image of that size.
+      height: height of the result.
+      width: width of the result.
 
     Returns:
       int32 [H, W]; class 0 and no object look the same.

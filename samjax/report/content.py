@@ -31,7 +31,7 @@ PALETTE: Mapping[str, tuple[int, int, int]] = {
 """Colors of the latent layers, those of the SAM paper's figures."""
 
 LAYER_MEANINGS: Mapping[str, str] = {
-    "W+": "styles only: edits take full effect, unusual detail is lost",
+    "W+": "styles only: edits have their full effect, but unusual detail is lost",
     "F4": "16 x 16 features: edits stay strong",
     "F6": "32 x 32 features: a compromise",
     "F8": "64 x 64 features: little detail is lost",
@@ -326,8 +326,8 @@ def layers_at(content: Content, threshold: float) -> tuple[str, ...]:
     return tuple(row.layer if row.forced else layer for row, layer in zip(content.rows, chosen, strict=True))
 
 
-def _distinct_thresholds(content: Content, count: int = 7) -> list[float]:
-    """At most `count` thresholds that choose different layers, from the most faithful choice to the most editable."""
+def _distinct_thresholds(content: Content) -> list[float]:
+    """At most seven thresholds that choose different layers, from the most faithful choice to the most editable."""
     # A segment changes its layer at its first mean, at the smaller of its first two, and so on.
     running = np.array([low for row in content.rows for low in itertools.accumulate(row.means[:-1], min)])
     critical = np.unique(np.ceil(running[np.isfinite(running)] * 1000) / 1000).tolist()
@@ -335,7 +335,7 @@ def _distinct_thresholds(content: Content, count: int = 7) -> list[float]:
     distinct = {layers_at(content, value): value for value in [*below, *critical]}
     distinct[layers_at(content, content.threshold)] = content.threshold
     values = sorted(distinct.values())
-    return [values[index] for index in sorted({round(place) for place in np.linspace(0, len(values) - 1, count)})]
+    return [values[index] for index in sorted({round(place) for place in np.linspace(0, len(values) - 1, 7)})]
 
 
 def shown_thresholds(content: Content) -> list[float]:

@@ -15,7 +15,7 @@ class DirectionRow(NamedTuple):
     """A row of the sheet.
 
     Attributes:
-      name: of the direction.
+      name: name of the direction.
       strengths: [S] of the edits.
       images: [S, N, R, R, 3] edited images, in [-1, 1].
     """
@@ -25,18 +25,17 @@ class DirectionRow(NamedTuple):
     images: np.ndarray
 
 
-def directions_sheet(rows: Sequence[DirectionRow], side: int = 128) -> Uint8:
+def directions_sheet(rows: Sequence[DirectionRow]) -> Uint8:
     """Draws edits along several directions.
 
     Args:
       rows: a row for each direction, with the same numbers of strengths and images.
-      side: of each image, in pixels.
 
     Returns:
       uint8 [H, W, 3].
     """
     strengths, count = rows[0].images.shape[:2]
-    label, gap, head, seam = 170, 14, 26, 3
+    side, label, gap, head, seam = 128, 170, 14, 26, 3
     block = strengths * (side + seam) + gap
     sheet = Sheet(label + count * block + gap, len(rows) * (side + head) + gap)
     for i, row in enumerate(rows):

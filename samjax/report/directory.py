@@ -23,8 +23,6 @@ from samjax.report.figures import (
 from samjax.report.html import render_html
 from samjax.results import Edits, Inversion
 
-_PACKAGES = ("samjax", "jax", "flax", "optax", "numpy")
-
 
 def save_inversion(
     directory: str | Path,

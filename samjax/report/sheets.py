@@ -159,16 +159,16 @@ class Sheet:
         if text:
             self.boxes.append(Box("text", *self._draw.textbbox((x, y), text, font=font, anchor=anchor)))
 
-    def paragraph(self, x: float, y: float, text: str, size: int, width: float, color: Color = MUTED) -> float:
+    def paragraph(self, x: float, y: float, text: str, size: int, width: float) -> float:
         """Draws text wrapped to `width`; returns the `y` of the line after it."""
         line = ""
         for word in printable(text).split():
             if line and self.measure(f"{line} {word}", size) > width:
-                self.text(x, y, line, size, color, width=width)
+                self.text(x, y, line, size, MUTED, width=width)
                 y, line = y + size * 1.3, word
             else:
                 line = f"{line} {word}".strip()
-        self.text(x, y, line, size, color, width=width)
+        self.text(x, y, line, size, MUTED, width=width)
         return y + size * 1.3
 
     def image(self, x: int, y: int, image: Uint8) -> None:

@@ -19,17 +19,17 @@ _EDGE, _GAP, _SMALL, _LARGE = 24, 10, 15, 20
 _TRAIN, _VAL = (150, 170, 195), (176, 58, 46)
 
 
-def maps_figure(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str], height: int = 128) -> Uint8:
+def maps_figure(examples: Sequence[tuple[np.ndarray, ...]], latent_names: Sequence[str]) -> Uint8:
     """Images, each with the true error map of each layer above the predicted one.
 
     Args:
       examples: (image [h, w, 3] in [-1, 1], predicted maps [L, h, w], true maps [L, h, w]) for each row.
       latent_names: names of the L layers.
-      height: height in pixels of each image in the figure.
 
     Returns:
       uint8 [H, W, 3]; all maps share one color scale.
     """
+    height = 128
     width = round(height * examples[0][0].shape[1] / examples[0][0].shape[0])
     high = max(float(np.max(true)) for _, _, true in examples) or 1.0
     side = 90
