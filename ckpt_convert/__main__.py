@@ -58,6 +58,8 @@ def _export(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     from ckpt_convert import convert
 
+    if args.names != "sam" and not args.file.lower().endswith(".safetensors"):
+        raise UserError(f"{args.file}: a generator becomes a safetensors file; give a name that ends in .safetensors")
     notes = convert.export(args.network, args.file, args.names)
     print(f"{args.file}: written with the names of {args.names}")
     for note in notes:

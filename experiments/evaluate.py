@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ import jax
 from ckpt_convert import get
 from samjax import cli, evaluation
 from samjax.config import Options
+from samjax.errors import UserError, check_seed
 from samjax.io import files
 
 
@@ -51,7 +53,16 @@ class Arguments(Options):
     """Multiple of that direction."""
 
 
+def check(args: Arguments) -> None:
+    """Raises a `UserError` for numbers that cannot be used."""
+    check_seed(args.scene_seed, "--scene_seed")
+    for flag, values in {"thresholds": args.thresholds, "edit_strength": (args.edit_strength,)}.items():
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"--{flag} takes finite numbers, not {' '.join(map(str, values))}")
+
+
 def main(args: Arguments) -> None:
+    check(args)
     examples = evaluation.load_examples(args, args.images, args.scenes, args.scene_seed)
     given = args.images is None
     sam = evaluation.load(get.prepare(args, segmenter=not given), segments_given=given)

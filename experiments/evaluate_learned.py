@@ -24,7 +24,8 @@ import numpy as np
 
 from ckpt_convert import get
 from samjax import cli, evaluation
-from samjax.config import Options
+from samjax.config import Options, resolve_category
+from samjax.errors import UserError, check_seed
 from samjax.io import files
 
 
@@ -41,8 +42,18 @@ class Arguments(Options):
     """Seed of the hard scenes: the networks were trained on those of seed 30, and chosen on those of seed 31."""
 
 
+def check_networks(args: Arguments) -> None:
+    """Raises a `UserError` if a network to evaluate is neither given nor the category's own."""
+    own = resolve_category(dataclasses.replace(args, start=None, invertibility=None))
+    lacking = {"--e4e_path": own.start != "encoder", "--inv_model_path": own.invertibility != "predicted"}
+    if missing := [flag for flag, lacks in lacking.items() if lacks]:
+        raise UserError(f"give {' and '.join(missing)}: the category {own.name} has no such network of its own")
+
+
 def main(args: Arguments) -> None:
+    check_seed(args.scene_seed, "--scene_seed")
     examples = evaluation.load_examples(args, args.images, args.scenes, args.scene_seed)
+    check_networks(args)
     options = dataclasses.replace(args, start="encoder", invertibility="predicted", generate_edits=False)
     given = args.images is None
     predicting, measuring = evaluation.load_learned(get.prepare(options, segmenter=not given), segments_given=given)

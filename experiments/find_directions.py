@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +31,11 @@ import jax
 import numpy as np
 import tqdm
 
+from ckpt_convert import get
 from samjax import cli, demo, directions, generation
 from samjax.config import check_generator
 from samjax.directions import Directions, Styles
-from samjax.errors import UserError
+from samjax.errors import UserError, check_least, check_positive, check_seed
 from samjax.io import checkpoints, files, images, weights
 from samjax.io.checkpoints import LoadedNetwork
 from samjax.nets import stylegan2
@@ -48,7 +50,7 @@ class Arguments:
     output_path: Path
     """Directory of the directions."""
     generator: Path | None = None
-    """A converted generator. Default: the demo's."""
+    """A generator, converted or as distributed. Default: the demo's."""
     method: Method | None = None
     """How directions are found. Default: supervised with --scores or --scorer, otherwise ganspace."""
     layers: str | None = None
@@ -78,12 +80,14 @@ class Arguments:
 
 
 def check(args: Arguments) -> None:
-    """Raises a `UserError` for numbers out of range."""
-    for flag, least in {"count": 1, "samples": 2, "images": 1, "scored": 1}.items():
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag} must be at least {least}, not {getattr(args, flag)}")
-    if not args.typical_change > 0:
-        raise UserError("--typical_change must be above 0")
+    """Raises a `UserError` for arguments that are wrong or exclude each other, whatever the generator."""
+    check_least(args, {"count": 1, "samples": 2, "images": 1, "scored": 1})
+    check_positive(args, ("typical_change",))
+    check_seed(args.seed)
+    if not math.isfinite(args.truncation_psi):
+        raise UserError(f"--truncation_psi must be a number such as 0.7, not {args.truncation_psi}")
+    if args.method not in (None, "supervised") and (args.scores or args.scorer):
+        raise UserError(f"--method {args.method} uses no scores: leave out --method, or --scores and --scorer")
 
 
 def find(
@@ -110,13 +114,19 @@ def find(
 
 def main(args: Arguments) -> None:
     check(args)
-    generator = demo.load_generator() if args.generator is None else checkpoints.load_generator(args.generator)
+    method: Method = args.method or ("supervised" if args.scores or args.scorer else "ganspace")
+    if args.generator is None:
+        generator = demo.load_generator()
+    else:
+        generator = checkpoints.load_generator(get.ready(args.generator, "generator", notify=cli.note))
+    most = min(generator.config.w_dim, args.samples - 1) if method == "ganspace" else generator.config.w_dim
+    if method != "supervised" and args.count > most:
+        raise UserError(f"--count {args.count}: {method} finds at most {most} directions here")
     check_generator(generator.config, args.class_idx)
     if generator.config.c_dim and args.class_idx is None:
         cli.note(f"the generator has {generator.config.c_dim} classes: directions are of all; --class_idx chooses one")
     generator = LoadedNetwork(*stylegan2.as_rgb(generator.config, generator.params), generator.manifest)
     config, params, manifest = generator
-    method: Method = args.method or ("supervised" if args.scores or args.scorer else "ganspace")
     layers = directions.parse_layers(args.layers, config.num_ws)
     folder = cli.output_directory(args.output_path)
     styles = directions.sample_styles(

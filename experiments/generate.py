@@ -1,7 +1,7 @@
 """Draws images of a generator, from seeds or from styles.
 
     python experiments/generate.py --output_path out                                  # seeds 0 to 7 of the demo
-    python experiments/generate.py --generator converted/ --seeds 0-7,12 --truncation_psi 0.7 --output_path out
+    python experiments/generate.py --generator network.pkl --seeds 0-7,12 --truncation_psi 0.7 --output_path out
     python experiments/generate.py --generator converted/ --ws styles.npy --output_path out
 
 OUTPUT_PATH gets a PNG for each image, grid.png with all of them, and images.npy: float32 [N, H, W, C] in [-1, 1], not
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
+from ckpt_convert import get
 from samjax import cli, demo, generation
 from samjax.config import check_class
-from samjax.errors import UserError
+from samjax.errors import UserError, check_least
 from samjax.io import checkpoints, files, images
 from samjax.nets.stylegan2 import Noise
 
@@ -32,7 +33,7 @@ class Arguments:
     output_path: Path
     """Directory of the images."""
     generator: Path | None = None
-    """A converted generator. Default: the demo's."""
+    """A generator, converted or as distributed. Default: the demo's."""
     seeds: str | None = None
     """Seeds and ranges of seeds, such as 0-7,12. Default: 0-7."""
     ws: Path | None = None
@@ -51,8 +52,7 @@ class Arguments:
 
 def check(args: Arguments) -> None:
     """Raises a `UserError` for arguments that are wrong or exclude each other, whatever the generator."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, not {args.batch_size}")
+    check_least(args, {"batch_size": 1})
     if args.seeds is not None and args.ws is not None:
         raise UserError("--seeds and --ws exclude each other: give one of them")
     if args.ws is not None and (args.truncation_psi, args.truncation_cutoff, args.class_idx) != (1, None, None):
@@ -63,7 +63,10 @@ def check(args: Arguments) -> None:
 
 def main(args: Arguments) -> None:
     check(args)
-    loaded = demo.load_generator() if args.generator is None else checkpoints.load_generator(args.generator)
+    if args.generator is None:
+        loaded = demo.load_generator()
+    else:
+        loaded = checkpoints.load_generator(get.ready(args.generator, "generator", notify=cli.note))
     config, channels = loaded.config, loaded.config.img_channels
     if channels not in (1, 3, 4):
         raise UserError(f"this generator draws images of {channels} channels; a PNG has 1, 3 or 4")

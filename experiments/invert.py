@@ -60,9 +60,9 @@ def main(args: Arguments) -> None:
         segments = segments or demo.SAMPLES / "scene0_segments.png"
     if args.save_frequency < 1:
         raise UserError(f"--save_frequency must be at least 1, not {args.save_frequency}")
-    for file in (path, segments):
-        if file is not None:
-            images.image_size(file)  # wrong files are found before the networks are loaded
+    size = images.image_size(path)  # wrong files are found before the networks are loaded
+    if segments is not None:
+        images.check_segments_size(segments, images.image_size(segments), size)
     sam = Pipeline.from_options(
         get.prepare(args, segmenter=segments is None),
         name=args.gan_weights.name if args.gan_weights else None,

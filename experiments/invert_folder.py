@@ -20,6 +20,7 @@ import sys
 
 from ckpt_convert import get
 from samjax import cli, runtime
+from samjax.errors import UserError, check_seed
 from samjax.training import DirectoryOptions, ProcessOptions, invert_directory
 
 
@@ -29,11 +30,14 @@ class Arguments(ProcessOptions, DirectoryOptions):
 
 
 def main(args: Arguments) -> None:
+    check_seed(args.seed)
+    images, results = args.image_folder.resolve(), args.output_path.resolve()
+    if results == images or images in results.parents:
+        raise UserError(f"--output_path {args.output_path} lies in --image_folder: choose a directory outside of it")
     runtime.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     prepared = get.prepare(args.pipeline_options(), segmenter=False)
-    cli.output_directory(args.output_path)
     paths = {"gan_weights": prepared.gan_weights, "e4e_path": prepared.e4e_path}
-    result = invert_directory(dataclasses.replace(args, **paths))
+    result = invert_directory(dataclasses.replace(args, **paths), open_output=cli.output_directory)
     for path, reason in result.failed.items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
     done = len(result.images) - len(result.failed)

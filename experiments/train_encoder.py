@@ -28,10 +28,11 @@ class Arguments(ProcessOptions, EncoderOptions):
 
 
 def main(args: Arguments) -> None:
+    args.check()
     runtime.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     prepared = get.prepare(args.pipeline_options(), segmenter=False)
-    cli.output_directory(args.output_folder)
-    directory = train_encoder(dataclasses.replace(args, gan_weights=prepared.gan_weights))
+    args = dataclasses.replace(args, gan_weights=prepared.gan_weights)
+    directory = train_encoder(args, open_output=cli.output_directory)
     print(f"encoder: {directory}")
 
 

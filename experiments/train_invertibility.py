@@ -32,12 +32,12 @@ class Arguments(ProcessOptions, PredictorOptions):
 
 
 def main(args: Arguments) -> None:
+    args.check()
     runtime.connect(args.distributed, args.coordinator, args.num_processes, args.process_id)
     segmenter = args.segmenter_name()
     if segmenter not in CLASSICAL_SEGMENTERS and jax.process_index() == 0:
         get.get(segmenter_category(segmenter), args.weights, roles=("segmenter",), fetch=False, notify=print)
-    cli.output_directory(args.output_folder)
-    directory = train_predictor(args)
+    directory = train_predictor(args, open_output=cli.output_directory)
     print(f"predictor: {directory}")
 
 

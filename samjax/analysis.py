@@ -62,6 +62,11 @@ class Analysis:
     singles: Mapping[str, np.ndarray]
     ws_from: str = "mean"
 
+    def __repr__(self) -> str:
+        height, width = self.target.shape[:2]
+        count = len(np.unique(self.segments))
+        return f"<Analysis of {self.name}: {width} x {height}, {count} segments, {', '.join(self.layers)}>"
+
     def full_size(self, image: np.ndarray) -> np.ndarray:
         """A generator's image [R, R, 3] without the rows that letterboxing added; see `losses.full_size`."""
         return losses.full_size(image, *self.target.shape[:2])

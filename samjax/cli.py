@@ -63,7 +63,9 @@ def _without_empty_defaults(arguments: Any) -> Any:
         for field in dataclasses.fields(arguments)
         if field.default in (None, ())
     ]
-    return dataclasses.make_dataclass(arguments.__name__, fields, bases=(arguments,), frozen=True)
+    return dataclasses.make_dataclass(
+        arguments.__name__, fields, bases=(arguments,), frozen=arguments.__dataclass_params__.frozen
+    )
 
 
 def note(line: str) -> None:

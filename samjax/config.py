@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import numbers
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from samjax.errors import UserError
+from samjax.errors import UserError, check_seed, check_types, shown
 from samjax.latents import LATENT_NAMES, latent_layers, parse_latent_names
 from samjax.nets.stylegan2 import StyleGAN2Config
 
@@ -21,6 +24,20 @@ Start = Literal["mean", "best", "encoder"]
 Preset = Literal["reference", "fast"]
 Precision = Literal["highest", "high", "default", "bfloat16"]
 Fit = Literal["stretch", "letterbox", "crop"]
+
+
+_RANGES = {
+    "lr": "it is above 0",
+    "beta1": "it is 0 or more, and below 1",
+    "beta2": "it is 0 or more, and below 1",
+    "lr_rampdown_length": "it is a fraction from 0 to 1",
+    "lr_rampup_length": "it is a fraction from 0 to 1",
+}
+
+
+@functools.lru_cache(maxsize=32)
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +93,18 @@ class InversionConfig:
     precision: Precision = "highest"
 
     def __post_init__(self) -> None:
+        check_types(self, _hints(type(self)))
         for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        inside = {"lr": self.lr > 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1}
+        inside |= {name: 0 <= getattr(self, name) <= 1 for name in ("lr_rampdown_length", "lr_rampup_length")}
+        names = (field.name for field in dataclasses.fields(self) if field.name.startswith("lambda_"))
+        inside |= {name: getattr(self, name) >= 0 for name in names}
+        for name, is_inside in inside.items():
+            if not is_inside or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} cannot be {getattr(self, name)}: {_RANGES.get(name, 'it is 0 or more')}")
 
     @property
     def half_precision(self) -> bool:
@@ -291,6 +316,36 @@ class Options:
     """Strengths of the edits: multiples of each direction."""
 
 
+def checked(options: Options) -> Options:
+    """Checks the types and ranges of options, which programs and Python code may give, and makes paths of text.
+
+    Raises:
+      UserError: an option has another type, a value that is not among its choices, or one out of range.
+    """
+    if not isinstance(options, Options):
+        raise UserError(f"options are a samjax.config.Options, not {shown(options)}")
+    hints = _hints(type(options))
+    check_types(options, hints)
+    check_seed(options.seed)
+    check_strengths(options.edit_strengths)
+    if options.threshold is not None and not 0 <= options.threshold < math.inf:
+        raise UserError(f"--threshold must be a finite number, 0 or more, not {options.threshold}")
+    paths = {
+        name: Path(value)
+        for name, hint in hints.items()
+        if isinstance(value := getattr(options, name, None), str) and Path in (hint, *typing.get_args(hint))
+    }
+    return dataclasses.replace(options, **paths) if paths else options
+
+
+def check_strengths(strengths: Any, what: str = "--edit_strengths") -> None:
+    """Raises a UserError if strengths of edits are not finite numbers, or too large for float32."""
+    for strength in strengths:
+        is_number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
+        if not is_number or not abs(float(strength)) < 3e38:
+            raise UserError(f"{what}: a strength must be a finite number, not {shown(strength)}")
+
+
 def resolve_category(
     options: Options, *, generator: bool = False, encoder: bool = False, predictor: bool = False
 ) -> Category:
@@ -307,6 +362,7 @@ def resolve_category(
     Raises:
       UserError: the options need a network that neither they nor the category provide.
     """
+    options = checked(options)
     generator = generator or options.gan_weights is not None
     encoder, predictor = encoder or options.e4e_path is not None, predictor or options.inv_model_path is not None
     name = options.image_category or ("custom" if generator else "demo")
@@ -328,8 +384,6 @@ def resolve_category(
         if wanted and not given and not learned:
             raise UserError(f"{flag}: the category {name} has no such network")
     threshold = category.threshold if options.threshold is None else options.threshold
-    if not math.isfinite(threshold):
-        raise UserError(f"--threshold must be a finite number, not {threshold}")
     return dataclasses.replace(
         category,
         segmenter=options.segmenter or category.segmenter,
@@ -432,6 +486,7 @@ def resolve(
     >>> settings.category.name, settings.config.num_opt_steps, settings.config.lr
     ('demo', 340, 0.1)
     """
+    options = checked(options)
     check_generator(generator, options.class_idx)
     category = category or resolve_category(options)
     made = generator.img_resolution

@@ -313,14 +313,22 @@ def read_scores(path: Path) -> tuple[list[int], np.ndarray]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--scores: {path} cannot be read: {error}") from error
-    try:
-        seeds = [int(row["seed"]) for row in rows]
-        scores = np.array([float(row["score"]) for row in rows])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--scores: {path} needs the columns seed and score, with a number in every row") from error
+        raise UserError(f"--scores: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if missing := [name for name in ("seed", "score") if name not in columns]:
+        raise UserError(
+            f"--scores: {path} has no column {' and no column '.join(missing)}: its first line must name the columns"
+            " seed and score"
+        )
+    seeds, scores = [], np.empty(len(rows))
+    for i, row in enumerate(rows):
+        try:
+            seeds.append(int(row["seed"]))
+            scores[i] = float(row["score"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--scores: {path}: row {i + 1} does not hold a seed and a score, two numbers") from error
     if any(not 0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"--scores: {path}: seeds lie between 0 and 4294967295")
     return seeds, scores

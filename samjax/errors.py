@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
+import types
+import typing
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _MOST = 4000  # characters of a message; lists of wrong names are the longest
@@ -69,6 +74,53 @@ def brief(error: BaseException) -> str:
     return escaped(" ".join(str(error).split()), 120) or type(error).__name__
 
 
+def check_types(options: Any, hints: Mapping[str, Any]) -> None:
+    """Checks that the fields of a dataclass have the types of their annotations.
+
+    Annotations may be Literal, bool, int, float, str, Path, None, tuples of one type, and unions of these. NumPy's
+    scalars are numbers, and text is a path.
+
+    Args:
+      options: a dataclass.
+      hints: field to annotation, as `typing.get_type_hints` returns them.
+
+    Raises:
+      UserError: a field has another type, or a value that Literal does not list.
+    """
+    for field in dataclasses.fields(options):
+        value, hint = getattr(options, field.name), hints[field.name]
+        if not _fits(value, hint):
+            raise UserError(f"--{field.name} must be {_described(hint)}, not {shown(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return isinstance(value, str | int) and value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_fits(each, arguments[0]) for each in value)
+    if hint in (int, float):
+        kinds = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str | Path)
+    return value is None if hint in (None, type(None)) else not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(filter(None, [", ".join(map(str, arguments[:-1])), str(arguments[-1])]))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_described(each) for each in arguments if each is not type(None))
+    if origin is tuple:
+        return f"a sequence, each {_described(arguments[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
 def check_least(options: Any, least: Mapping[str, float]) -> None:
     """Checks that options are at least as large as they have to be, and finite; None passes.
 
@@ -83,6 +135,14 @@ def check_least(options: Any, least: Mapping[str, float]) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"--{name} must be at least {low}, not {value}")
+
+
+def check_positive(options: Any, names: Sequence[str]) -> None:
+    """Checks that options are above 0 and finite; None passes. Arguments and errors are those of `check_least`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} must be a number above 0, not {value}")
 
 
 def check_seed(seed: int, flag: str = "--seed") -> None:

@@ -167,6 +167,9 @@ def load_direction(pipeline: Pipeline, direction: str | None = None) -> np.ndarr
     """
     if direction is None or direction in pipeline.directions:
         return pipeline.directions.get(direction or "blue_car")
+    if not Path(direction).is_file():
+        known = ", ".join(pipeline.directions) or "none"
+        raise UserError(f"--edit {direction!r} is neither a file nor the name of a direction: there are {known}")
     return directions.read_one(direction, *pipeline.layers_shape)
 
 

@@ -15,8 +15,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import numbers
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,11 +35,13 @@ from samjax.config import (
     Category,
     InversionConfig,
     Options,
+    check_strengths,
+    checked,
     resolve,
     resolve_category,
 )
 from samjax.driver import OnProgress
-from samjax.errors import UserError
+from samjax.errors import UserError, shown
 from samjax.inversion import Items, Networks, Terms
 from samjax.io import checkpoints, directions, files, images, provenance, styles, weights
 from samjax.io.checkpoints import LoadedNetwork
@@ -107,7 +110,7 @@ class Pipeline:
         if not isinstance(generator, LoadedNetwork):
             name = name or Path(generator).name
             generator = checkpoints.load_generator(generator)
-        self.options = options or Options()
+        self.options = checked(Options() if options is None else options)
         category = category or resolve_category(
             self.options, generator=True, encoder=encoder is not None, predictor=predictor is not None
         )
@@ -148,8 +151,12 @@ class Pipeline:
         Raises:
           UserError: networks are missing (the message says how to get them) or damaged, or options are wrong.
         """
-        if name in CATEGORIES:
+        if not isinstance(name, str | Path):
+            raise UserError(f"give the name of a category or the path of a generator, not {shown(name)}")
+        if str(name) in CATEGORIES:
             return cls.from_options(Options(image_category=str(name), **options))  # type: ignore[arg-type]
+        if not Path(name).exists():
+            raise UserError(f"{name} is neither a file nor a category: the categories are {', '.join(CATEGORIES)}")
         return cls.from_options(Options(gan_weights=Path(name), **options))
 
     @classmethod
@@ -174,6 +181,7 @@ class Pipeline:
         Raises:
           UserError: see `from_pretrained`.
         """
+        options = checked(options)
         category = resolve_category(options)
         parts = loading.load(options, category, segments_given=segments_given, notify=notify)
         return cls(
@@ -224,6 +232,8 @@ class Pipeline:
         """
         named = image if isinstance(image, str | Path) else name or "image"
         given = self._given_start(start, named)
+        if any(not isinstance(label, numbers.Integral) for label in segment_names or {}):
+            raise UserError("segment_names maps labels, which are integers, to names")
         source, target = self.read_image(image, notify=self._notify)
         height, width = self.category.target_size
         size = images.image_size(image) if isinstance(image, str | Path) else source.shape[:2]
@@ -284,6 +294,8 @@ class Pipeline:
           DivergedError: a loss is not finite.
         """
         before = image if isinstance(image, Inversion) else None
+        if layers is not None and not isinstance(layers, Mapping):
+            raise UserError(f'layers maps segments to layers, such as {{3: "F10"}}; it is {shown(layers)}')
         known = self._analysis(image, segments, directory, on_progress, start)
         if threshold is None:
             threshold = self.category.threshold if before is None else before.threshold
@@ -347,6 +359,12 @@ class Pipeline:
           DivergedError: see `invert`; `items` are positions in `images`.
         """
         threshold = self._finite(self.category.threshold if threshold is None else threshold)
+        if (
+            isinstance(images, str | Path | Analysis)
+            or getattr(images, "ndim", 4) != 4
+            or not isinstance(images, Iterable)
+        ):
+            raise UserError("invert_batch takes a list of images: use invert for one")
         known = [self._analysis(image, None, None, on_progress) for image in images]
         if not known:
             return []
@@ -411,7 +429,13 @@ class Pipeline:
         strength: float = 1.0,
     ) -> np.ndarray:
         """Like `edit`, but returns the generator's image: [R, R, 3] float32, in [-1, 1] up to overshoot."""
+        self._check_own(inversion)
+        if isinstance(directions, Mapping) and strength != 1.0:
+            raise UserError("a mapping of directions has their strengths: leave strength out")
+        if isinstance(directions, list | tuple) and any(isinstance(each, str | Path) for each in directions):
+            raise UserError('several directions are given with their strengths, such as {"dusk": 1, "blue_car": 2}')
         given = directions if isinstance(directions, Mapping) else {"": strength}
+        check_strengths(given.values(), "edit")
         total = np.zeros(self.layers_shape, np.float32)
         for key, factor in given.items():
             total += self._finite(factor, "a strength") * self._direction(
@@ -435,8 +459,10 @@ class Pipeline:
         Raises:
           UserError: a name is unknown.
         """
+        self._check_own(inversion)
         chosen = {name: self._direction(name) for name in (self.directions if names is None else names)}
         strengths = self.options.edit_strengths if strengths is None else strengths
+        check_strengths(strengths, "edit_sweep")
         vectors = np.reshape(list(chosen.values()), (-1, *self.layers_shape))
         methods = {**inversion.baselines, "SAM": inversion}
         made = {method: self._edit(item, vectors, strengths) for method, item in methods.items()}
@@ -571,6 +597,13 @@ class Pipeline:
 
     # --- internals ---
 
+    def _check_own(self, inversion: Inversion) -> None:
+        """Checks that an inversion is one by this generator."""
+        if not isinstance(inversion, Inversion):
+            raise UserError(f"give an inversion, as returned by invert, not {shown(inversion)}")
+        if inversion.fingerprint != self.fingerprint:
+            raise UserError(f"the inversion is by another generator ({inversion.generator}): invert the image again")
+
     def _check_networks(self) -> None:
         config = self.generator.config
         if self.encoder is not None:
@@ -601,6 +634,8 @@ class Pipeline:
         on_progress: OnProgress | None,
         start: StartLike | None = None,
     ) -> Analysis:
+        if isinstance(image, Inversion):
+            self._check_own(image)
         known = image.analysis if isinstance(image, Inversion) else image
         if not isinstance(known, Analysis):
             return self.analyze(known, segments=segments, start=start, directory=directory, on_progress=on_progress)
@@ -620,6 +655,9 @@ class Pipeline:
         labels = np.asarray(segments)
         if labels.dtype.kind not in "iu" or labels.ndim != 2:
             raise UserError(f"segments must be integers [H, W], not {labels.dtype} {list(labels.shape)}")
+        found = np.unique(labels)
+        if len(found) > images.MAX_LABELS or not -(2**31) <= int(found[0]) <= int(found[-1]) < 2**31:
+            raise UserError(f"segments must have at most {images.MAX_LABELS} labels, integers of 32 bits")
         if labels.shape == (height, width):
             return labels.astype(np.int32)
         if labels.shape != tuple(size):
@@ -658,8 +696,9 @@ class Pipeline:
         names, labels = list(known.layers), set(np.unique(known.segments).tolist())
         if unknown := sorted({layer for layer in forced.values() if layer not in names}):
             raise UserError(f"unknown latent layer {', '.join(map(repr, unknown))}: choose from {', '.join(names)}")
-        if absent := sorted(label for label in forced if label not in labels):
-            raise UserError(f"the image has no segment {', '.join(map(str, absent))}")
+        if absent := [label for label in forced if label not in labels]:
+            known_labels = ", ".join(map(str, sorted(labels)))
+            raise UserError(f"the image has no segment {', '.join(map(repr, absent))}: its segments are {known_labels}")
         for threshold in thresholds:
             self._finite(threshold)
         chosen = layer_selection.assign_layers(known.maps, known.segments, list(thresholds))
@@ -722,7 +761,7 @@ class Pipeline:
         if path is None or not path.exists():
             return None
         arrays = files.read_npz(path)
-        fits = "layer_map" in arrays and np.array_equal(arrays["layer_map"], layer_map)
+        fits = {"layer_map", "terms"} <= arrays.keys() and np.array_equal(arrays["layer_map"], layer_map)
         return arrays if fits and arrays["terms"].shape[1:] == (num_opt_steps,) else None
 
     def _optimize(
@@ -822,7 +861,9 @@ class Pipeline:
         if isinstance(direction, str | Path):
             if not Path(direction).suffix:
                 known = ", ".join(self.directions) or "none"
-                raise UserError(f"there is no direction {str(direction)!r}: known are {known}; a file needs its suffix")
+                raise UserError(
+                    f"there is no direction {str(direction)!r}: choose from {known}; a file needs its suffix"
+                )
             return directions.read_one(direction, *self.layers_shape)
         return directions.check(np.asarray(direction), *self.layers_shape, Path("the direction"))
 
@@ -836,7 +877,7 @@ class Pipeline:
             if known.segments_from != "given"
             else provenance.fingerprint(known.segments),
         }
-        provenance.check_settings(Path(directory) / "settings.json", settings, "--output_path")
+        provenance.check_settings(Path(directory) / "settings.json", settings, "directory")
 
     @staticmethod
     def _array(values: ArrayLike, what: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -849,8 +890,8 @@ class Pipeline:
 
     @staticmethod
     def _finite(value: float, what: str = "the threshold") -> float:
-        if not math.isfinite(value):
-            raise UserError(f"{what} must be a finite number, not {value}")
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise UserError(f"{what} must be a finite number, not {shown(value)}")
         return float(value)
 
     def _note(self, line: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from samjax.analysis import Analysis
 from samjax.config import Category, InversionConfig
-from samjax.errors import UserError
+from samjax.errors import UserError, brief
 from samjax.inversion import Terms
 from samjax.io import files, images
 from samjax.latents import LatentLayer
@@ -68,6 +68,11 @@ class Inversion:
     metrics: Mapping[str, float]
     seconds: float
     baselines: Mapping[str, Inversion] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        used = sorted(set(self.layers.values()), key=self.analysis.layers.index)
+        quality = f"LPIPS {self.metrics['LPIPS']:.3f}"
+        return f"<Inversion of {self.analysis.name} at threshold {self.threshold:g}: {quality}, {', '.join(used)}>"
 
     @property
     def layers(self) -> dict[int, str]:
@@ -137,8 +142,10 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         notes = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{directory} holds no saved inversion: give a directory written by Inversion.save") from None
+    except NotADirectoryError:
+        raise UserError(f"{directory} is a file: give a directory written by Inversion.save") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {brief(error)}") from error
     if not isinstance(notes, dict) or notes.get("format") != _FORMAT:
         raise UserError(f"{path} is not an inversion saved by this version")
     try:
@@ -157,8 +164,10 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             "metrics": {str(name): math.inf if v is None else float(v) for name, v in notes["metrics"].items()},
             "seconds": float(notes["seconds"]),
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        if taken["metrics"].keys() != {"MSE", "PSNR", "SSIM", "LPIPS"}:
+            raise ValueError("its metrics are not those of an inversion")
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {brief(error)})") from error
     return files.read_npz(directory / "inversion.npz"), taken
 
 
@@ -174,6 +183,15 @@ def _dataclass(kind: type, values: Any) -> Any:
             raise TypeError(f"{name} is a {type(value).__name__}")
         taken[name] = value
     return kind(**taken)
+
+
+def _steps(arrays: Mapping[str, np.ndarray], name: str) -> int:
+    """How many steps the loss terms called `name` have, at least 1."""
+    return max(arrays[name].shape[1], 1) if name in arrays and arrays[name].ndim > 1 else 1
+
+
+def _kinds(name: str) -> str:
+    return "iu" if name == "segments" else "f"
 
 
 def check_arrays(
@@ -194,13 +212,18 @@ def check_arrays(
     }
     if any(name.startswith("single_") for name in arrays):
         expected |= {f"single_latent_{layer.name}": (count, *layer.shape) for layer in layers}
+        expected["single_terms"] = (len(Terms._fields), _steps(arrays, "single_terms"), count)
+    expected["terms"] = (len(Terms._fields), _steps(arrays, "terms"))
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiu"}
     wrong = [name for name, shape in expected.items() if name not in numbers or numbers[name].shape != shape]
     wrong += [
         name for name in numbers if not np.isfinite(numbers[name]).all() and name not in ("terms", "single_terms")
     ]
-    kinds = {"source": ("u", 3), "segments": ("iu", 2), "terms": ("f", 2)}
-    wrong += [name for name, (kind, ndim) in kinds.items()
-              if name not in numbers or numbers[name].dtype.kind not in kind or numbers[name].ndim != ndim]  # fmt: skip
+    wrong += [name for name in expected if name in numbers and numbers[name].dtype.kind not in _kinds(name)]
+    source = numbers.get("source")
+    if source is None or source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3 or 0 in source.shape:
+        wrong.append("source")
+    if "target" in numbers and "target" not in wrong and np.abs(numbers["target"]).max() > 1.001:
+        wrong.append("target")
     if wrong:
         raise UserError(f"{where} does not fit this generator: {', '.join(dict.fromkeys(wrong))}")

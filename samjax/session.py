@@ -240,7 +240,7 @@ class Session:
         inversion, features = self._inverted()
         directions = self.pipeline.directions
         if unknown := [name for name in strengths if name not in directions]:
-            raise UserError(f"there is no direction {unknown[0]!r}: known are {', '.join(directions) or 'none'}")
+            raise UserError(f"there is no direction {unknown[0]!r}: choose from {', '.join(directions) or 'none'}")
         if not any(strengths.values()):
             return np.clip(inversion.image, -1, 1)
         generator, config = self.pipeline.generator, self.pipeline.config

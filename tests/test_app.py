@@ -99,6 +99,12 @@ def test_without_gradio_the_message_says_how_to_install_it(monkeypatch):
         app.main(app.Arguments())
 
 
+@pytest.mark.parametrize("port", [99999999, -1, 0])
+def test_ports_that_do_not_exist(port):
+    with pytest.raises(UserError, match=f"--port must lie between 1 and 65535, not {port}"):
+        app.main(app.Arguments(port=port))
+
+
 @browser
 def test_from_an_image_to_an_edit(opened, tmp_path):
     page = opened()

@@ -168,8 +168,8 @@ def test_weights_that_are_not_those_of_the_manifest_are_found(copied, tmp_path):
         (lambda m: [], "not a generator converted by this version"),
         (lambda m: m | {"config": None}, "no config"),
         (lambda m: m | {"config": m["config"] | {"depth": 3}}, "no config"),
-        (lambda m: m | {"config": m["config"] | {"w_dim": 0}}, "w_dim is '0'"),
-        (lambda m: m | {"config": m["config"] | {"w_dim": True}}, "w_dim is 'True'"),
+        (lambda m: m | {"config": m["config"] | {"w_dim": 0}}, "w_dim is 0"),
+        (lambda m: m | {"config": m["config"] | {"w_dim": True}}, "w_dim is True"),
         (lambda m: m | {"config": m["config"] | {"conv_clamp": "x"}}, "conv_clamp is 'x'"),
         (lambda m: m | {"config": m["config"] | {"img_resolution": 48}}, "power of two"),
         (lambda m: m | {"config": m["config"] | {"mapping_layers": 3}}, "2 missing: mapping/fc2/{bias, weight}"),
@@ -202,6 +202,19 @@ def test_other_things_are_not_generators(tmp_path, copied):
         path.write_bytes(content)
         with pytest.raises(UserError):
             checkpoints.load_generator(path)
+
+
+def test_other_files_are_no_converted_networks(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG" + bytes(64))
+    with pytest.raises(UserError, match=r"photo\.png is not a converted network: give"):
+        checkpoints.load_generator(tmp_path / "photo.png")
+
+
+def test_names_of_networks_have_an_article():
+    assert [kind.one for kind in checkpoints.NETWORKS.values()] == [
+        "a generator", "an e4e encoder", "an invertibility predictor", "an ADE20K segmenter", "a face parser",
+        "a Mask R-CNN",
+    ]  # fmt: skip
 
 
 def test_damaged_safetensors_files_are_found(tmp_path):

@@ -748,7 +748,8 @@ def test_command_line_replaces_only_its_own(tmp_path, capsys):
     assert program.main([str(source), "no\0name"]) == 2
     assert program.main(["export", str(foreign), str(tmp_path / "x.safetensors"), "--names", "nvidia"]) == 2
     assert program.main(["export", str(out), str(foreign), "--names", "nvidia"]) == 2
-    assert capsys.readouterr().err.count("\n") == 6
+    assert program.main(["export", str(out), str(tmp_path / "x.pt"), "--names", "nvidia"]) == 2
+    assert capsys.readouterr().err.count("\n") == 7
     assert [path.name for path in foreign.iterdir()] == ["holiday.png"]
     assert {path.name for path in tmp_path.iterdir()} == {"g.pkl", "h.pkl", "out", "photos"}
 

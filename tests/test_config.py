@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from samjax.config import (
@@ -13,6 +14,7 @@ from samjax.config import (
     Category,
     InversionConfig,
     Options,
+    checked,
     default_batch_size,
     required_roles,
     resolve,
@@ -79,11 +81,48 @@ def test_where_maps_and_start_come_from(options, start, maps):
         (Options(num_opt_steps=0), "num_opt_steps must be at least 1"),
         (Options(batch_size=0), "batch_size must be at least 1"),
         (Options(invertibility_steps=0), "--invertibility_steps must be at least 1"),
+        (Options(threshold=-0.1), "--threshold must be a finite number, 0 or more"),
+        (Options(seed=2**70), "--seed must lie between 0 and 4294967295"),
+        (Options(seed=-1), "--seed must lie between 0 and 4294967295"),
+        (Options(edit_strengths=(1.0, float("nan"))), "--edit_strengths: a strength must be a finite number, not nan"),
+        (Options(lr=-1.0), "lr cannot be -1.0: it is above 0"),
+        (Options(lr_rampdown_length=-3.0), "lr_rampdown_length cannot be -3.0: it is a fraction from 0 to 1"),
+        (Options(beta1=1.0), "beta1 cannot be 1.0: it is 0 or more, and below 1"),
+        (Options(lambda_mse=-2.0), "lambda_mse cannot be -2.0: it is 0 or more"),
     ],
 )
 def test_options_that_cannot_be_meant(options, message):
     with pytest.raises(UserError, match=message):
         resolve(options, StyleGAN2Config(256))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "bogus"}, "--preset must be reference or fast, not 'bogus'"),
+        ({"start": "bogus"}, "--start must be mean, best or encoder, not 'bogus'"),
+        ({"segmenter": "bogus"}, "--segmenter must be felzenszwalb, slic, ade20k, bisenet or mask_rcnn"),
+        ({"noise": None}, "--noise must be random, const or none, not None"),
+        ({"latent_names": ("W+", "F4")}, "--latent_names must be text, not"),
+        ({"num_opt_steps": "3"}, "--num_opt_steps must be an integer, not '3'"),
+        ({"num_opt_steps": 2.5}, "--num_opt_steps must be an integer, not 2.5"),
+        ({"num_opt_steps": True}, "--num_opt_steps must be an integer, not True"),
+        ({"lr": "0.1"}, "--lr must be a number, not '0.1'"),
+        ({"generate_edits": "yes"}, "--generate_edits must be true or false, not 'yes'"),
+        ({"edit_strengths": 2}, "--edit_strengths must be a sequence, each a number, not 2"),
+        ({"edit_strengths": ["a"]}, "--edit_strengths must be a sequence, each a number"),
+        ({"gan_weights": 3}, "--gan_weights must be a path, not 3"),
+    ],
+)
+def test_options_of_other_types_are_refused_by_name(given, message):
+    with pytest.raises(UserError, match=message):
+        resolve_category(Options(**given))
+
+
+def test_options_may_be_numpys_scalars_and_text_for_paths():
+    options = checked(Options(num_opt_steps=np.int64(3), lr=1, gan_weights="g", edit_strengths=[np.float32(2)]))
+    assert options.gan_weights == Path("g")
+    assert resolve(options, StyleGAN2Config(256)).config.num_opt_steps == 3
 
 
 def test_measuring_takes_at_most_501_steps_by_default():

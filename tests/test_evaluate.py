@@ -68,6 +68,22 @@ def test_other_generators_need_images(inputs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_numbers_and_names_are_found_before_work(inputs, tmp_path):
+    given = {"images": inputs / "images", "gan_weights": inputs / "own.safetensors", "output_path": tmp_path / "out"}
+    for program, changes, message in (
+        (evaluate, {"thresholds": (0.3, float("nan"))}, "--thresholds takes finite numbers"),
+        (evaluate, {"edit_strength": float("nan")}, "--edit_strength takes finite numbers"),
+        (evaluate, {"scene_seed": 99999999999999999999}, "--scene_seed must lie between"),
+        (evaluate, {"edit": "nope"}, "--edit 'nope' is neither a file nor the name of a direction: there are none"),
+        (evaluate_learned, {"scene_seed": -1}, "--scene_seed must lie between"),
+        (evaluate_learned, {}, "give --e4e_path and --inv_model_path"),
+        (evaluate_learned, {"e4e_path": inputs / "own.safetensors"}, "give --inv_model_path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            program.main(program.Arguments(**given | changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_label_images_belong_to_their_images(tmp_path):
     for name in ("a.png", "a_segments.png", "b.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)

@@ -129,11 +129,17 @@ def test_a_scorer_of_images(find, tmp_path):
         ({"layers": "2-1"}, "--layers"),
         ({"count": 0}, "--count must be at least 1"),
         ({"samples": 1}, "--samples must be at least 2"),
-        ({"typical_change": 0.0}, "--typical_change must be above 0"),
+        ({"typical_change": 0.0}, "--typical_change must be a number above 0"),
+        ({"typical_change": float("inf")}, "--typical_change must be a number above 0"),
+        ({"seed": 99999999999999999999}, "--seed must lie between"),
+        ({"count": 9999}, f"ganspace finds at most {TINY.w_dim} directions"),
+        ({"count": 8, "samples": 5}, "ganspace finds at most 4 directions"),
+        ({"count": 9999, "method": "sefa"}, f"sefa finds at most {TINY.w_dim} directions"),
+        ({"method": "sefa", "scores": Path("none.csv")}, "--method sefa uses no scores"),
         ({"method": "supervised"}, "takes --scores"),
         ({"scorer": "score"}, r"give FILE\.py:NAME"),
         ({"scorer": "none.py:score"}, "there is no file"),
-        ({"scores": Path("none.csv")}, "cannot be read"),
+        ({"scores": Path("none.csv")}, r"--scores: none\.csv cannot be read: No such file or directory$"),
         ({"generator": Path("none")}, "none"),
     ],
 )
@@ -143,6 +149,16 @@ def test_bad_arguments(find, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         find(**options)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_names_stay_in_the_directory(find, tmp_path):
+    folder = find(name="../../zz")
+    assert {path.parent for path in tmp_path.rglob("*.safetensors")} == {folder}
+
+
+def test_a_generator_as_distributed(find, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMJAX_CACHE", str(tmp_path / "cache"))
+    assert (find(generator=Path(__file__).parent / "golden" / "nvidia_A.pkl") / "ganspace_00.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -166,12 +182,15 @@ def test_scorers_that_do_not_work(find, tmp_path, body, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed\n1\n", "columns seed and score"),
-        ("seed,score\n1,much\n", "columns seed and score"),
+        ("seed\n1\n", "has no column score: "),
+        ("a;b\n1;2\n", "has no column seed and no column score: "),
+        ("seed,score\n1,2\n1,much\n", "row 2 does not hold"),
+        ("seed,score\n1\n", "row 1 does not hold"),
         ("seed,score\n-1,1\n2,2\n", "between 0 and 4294967295"),
         ("seed,score\n1,1\n", "at least 2"),
         ("seed,score\n1,nan\n2,1\n", "not finite"),
-        ("", "at least 2"),
+        ("", "no column seed"),
+        ("seed,score\n", "at least 2"),
     ],
 )
 def test_invalid_scores(find, tmp_path, text, message):

@@ -126,6 +126,13 @@ def test_bad_input_is_found_before_anything_is_written(inputs, tmp_path, changes
     assert not (tmp_path / "out").exists()
 
 
+def test_segments_of_another_size_are_found_before_work(inputs, tmp_path):
+    Image.new("L", (7, 5)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"small\.png has 7 x 5 pixels, the image "):
+        invert.main(_arguments(inputs, tmp_path / "out", segments=tmp_path / "small.png"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_directions_of_another_generator_are_found_before_work_starts(inputs, tmp_path):
     (tmp_path / "edits").mkdir()
     np.save(tmp_path / "edits" / "foreign.npy", np.zeros((1, 18, 512), np.float32))

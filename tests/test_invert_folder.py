@@ -104,6 +104,8 @@ def test_bad_input_is_found_before_work(inputs, tmp_path):
         ({"batch_size": 3}, "does not divide evenly over the 2 devices"),
         ({"latent_names": "W+,F10"}, "F10"),
         ({"coordinator": "localhost:1"}, "all three"),
+        ({"image_folder": tmp_path}, "--output_path .* lies in --image_folder"),
+        ({"image_folder": tmp_path / "out"}, "--output_path .* lies in --image_folder"),
     ):
         with pytest.raises(UserError, match=message):
             program.main(arguments(inputs, tmp_path / "out", **changes))

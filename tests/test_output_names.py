@@ -99,7 +99,7 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     output_path: Path
 

@@ -323,7 +323,10 @@ def test_wrong_images_segments_and_arrays_are_refused(sam, image, labels, maps, 
     [
         ({"threshold": float("nan")}, "the threshold must be a finite number"),
         ({"layers": {0: "F8"}}, "unknown latent layer 'F8': choose from W\\+, F4, F6"),
-        ({"layers": {3: "F4"}}, "the image has no segment 3"),
+        ({"layers": {3: "F4"}}, "the image has no segment 3: its segments are 0, "),
+        ({"layers": {"0": "F4"}}, "the image has no segment '0'"),
+        ({"layers": ["F4"]}, "layers maps segments to layers"),
+        ({"threshold": "0.2"}, "the threshold must be a finite number, not '0.2'"),
         ({"num_opt_steps": 0}, "num_opt_steps must be at least 1"),
         ({"segments": np.zeros((64, 64), int)}, "segments can be given with an image only"),
     ],
@@ -336,16 +339,44 @@ def test_wrong_choices_are_refused(sam, analysis, arguments, message):
 @pytest.mark.parametrize(
     ("direction", "message"),
     [
-        ({"lft": 1}, "there is no direction 'lft': known are left, right"),
+        ({"lft": 1}, "there is no direction 'lft': choose from left, right"),
         ({"left": float("inf")}, "a strength must be a finite number"),
         ({"missing.npy": 1}, "missing.npy: no such file"),
         (np.zeros((3, 8)), "does not fit this generator"),
         (np.full((10, 8), np.nan), "not finite"),
+        ({"left": 1e300}, "a strength must be a finite number"),
+        ({"left": "1"}, "a strength must be a finite number"),
+        (["left", "right"], "several directions are given with their strengths"),
     ],
 )
 def test_wrong_directions_are_refused(sam, result, direction, message):
     with pytest.raises(UserError, match=message):
         sam.edit(result, direction)
+
+
+def test_wrong_uses_are_refused_in_one_line(sam, analysis, result, image, tmp_path):
+    other = dataclasses.replace(result, fingerprint="of another generator")
+    (tmp_path / "photo.png").write_bytes(b"precious")
+    for use, message in (
+        (lambda: sam.edit(result, {"left": 1}, 2.0), "leave strength out"),
+        (lambda: sam.edit(analysis, "left"), "give an inversion, as returned by invert"),
+        (lambda: sam.edit(other, "left"), "is by another generator"),
+        (lambda: sam.invert(other), "is by another generator"),
+        (lambda: sam.edit_sweep(result, strengths=[float("nan")]), "a strength must be a finite number"),
+        (lambda: sam.invert_batch(image), "takes a list of images"),
+        (lambda: sam.invert_batch("photo.png"), "takes a list of images"),
+        (lambda: sam.analyze(image, segments=np.full((64, 64), 2**40)), "integers of 32 bits"),
+        (lambda: sam.analyze(image, segment_names={"a": "b"}), "segment_names maps labels"),
+        (lambda: sam.invert(analysis, directory=tmp_path / "photo.png"), "is a file: give a directory"),
+        (lambda: sam.load(tmp_path / "photo.png"), "is a file: give a directory"),
+        (lambda: Pipeline.from_pretrained("Cars"), "the categories are cars, faces, cats, demo"),
+        (lambda: Pipeline.from_pretrained(["demo"]), "give the name of a category"),
+        (lambda: Pipeline.from_options({"threshold": 3}), "samjax.config.Options"),
+    ):
+        with pytest.raises(UserError, match=message):
+            use()
+    assert (tmp_path / "photo.png").read_bytes() == b"precious"
+    assert len(repr(result)) < 200 > len(repr(analysis))
 
 
 def test_segments_of_the_images_own_size_are_brought_to_the_targets(sam, image, maps):

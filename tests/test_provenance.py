@@ -40,12 +40,17 @@ def test_settings_are_written_once_and_then_compared(tmp_path):
     written = path.read_bytes()
     check_settings(path, dict(reversed(settings.items())), "--output_path")
     assert path.read_bytes() == written
+    check_settings(path, {**settings, "seed": 2}, "--output_path")  # there are no results yet
+    check_settings(path, settings, "--output_path")
+    (tmp_path / "run" / "result.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"run holds results of other settings \(lr, seed\): choose another --output_"):
         check_settings(path, {**settings, "lr": 0.2, "seed": 1}, "--output_path")
     for damaged in ("", "[1, 2", "[" * 100_000):
         path.write_text(damaged)
         with pytest.raises(UserError, match="is damaged"):
             check_settings(path, settings, "--output_path")
+    with pytest.raises(UserError, match=r"result\.png is a file: give a directory"):
+        check_settings(tmp_path / "run" / "result.png" / "settings.json", settings, "directory")
     path.write_text("[]")
     with pytest.raises(UserError, match="other settings"):
         check_settings(path, settings, "--output_path")

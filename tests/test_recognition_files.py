@@ -67,7 +67,7 @@ def test_another_network_than_requested_is_an_error(folder, converted, tmp_path,
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 4
     assert "no e4e encoder in the file" in errors[0]
-    assert "holds no g_ema" in errors[3]
+    assert "no StyleGAN2 generator in the file" in errors[3]
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"holds another network \(face parser\), where a generator is expected"):
         checkpoints.load_generator(converted)

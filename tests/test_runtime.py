@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from samjax import runtime
+from samjax.errors import UserError
+
 FAULTS = """
 import resource
 import numpy as np
@@ -71,3 +74,27 @@ def test_where_compiled_programs_are_kept_is_the_users_choice(tmp_path):
 def test_without_a_place_for_compiled_programs_they_are_not_kept(tmp_path):
     (tmp_path / "cache").write_text("a file, not a folder")
     assert not _kept(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((True, None, None, None), "--distributed: the environment does not say"),
+        ((True, "localhost:1", 2, 0), "--distributed excludes --coordinator"),
+        ((False, "localhost:1", None, None), "give all three"),
+        ((False, None, 2, 0), "give all three"),
+        ((False, "nohost", 2, 0), "HOST:PORT"),
+        ((False, ":1234", 2, 0), "HOST:PORT"),
+        ((False, "localhost:99999", 2, 0), "HOST:PORT"),
+        ((False, "localhost:1", 0, 5), "--process_id 5 of --num_processes 0"),
+        ((False, "localhost:1", 2, 2), "counted from 0"),
+        ((False, "localhost:1", 2, -1), "counted from 0"),
+    ],
+)
+def test_processes_that_cannot_be_joined(monkeypatch, given, message):
+    def initialize(*address):
+        raise ValueError("coordinator_address should be defined.")  # as without a cluster
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    with pytest.raises(UserError, match=message):
+        runtime.connect(*given)

@@ -129,7 +129,7 @@ def test_several_directions_at_once(inverted, pipeline):
     made = done.edit({"left": 1.5, "right": -1.0})
     np.testing.assert_allclose(made, np.clip(expected, -1, 1), atol=1e-5)  # another batch size: other sums
     assert np.abs(made - done.edit({})).max() > 0.01
-    with pytest.raises(UserError, match="no direction 'up': known are left, right"):
+    with pytest.raises(UserError, match="no direction 'up': choose from left, right"):
         done.edit({"up": 1.0})
 
 

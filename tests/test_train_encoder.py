@@ -155,6 +155,9 @@ def test_the_program_writes_an_encoder_and_resumes_where_it_was_stopped(inputs, 
     chex.assert_trees_all_equal(variables, again)
 
 
+COUNTS = ("batch_size", "num_steps", "epochs", "log_frequency", "save_frequency", "val_frequency")
+
+
 def test_bad_input_is_found_before_work(inputs, tmp_path):
     (tmp_path / "empty").mkdir()
     other = tiny_encoder(dataclasses.replace(TINY, img_resolution=16))
@@ -165,6 +168,11 @@ def test_bad_input_is_found_before_work(inputs, tmp_path):
         ({"batch_size": 3}, "does not divide evenly over the 2 devices"),
         ({"init": tmp_path / "other"}, "gives 6 styles of 8, the generator takes 8"),
         ({"gan_weights": tmp_path / "none"}, "none"),
+        *(({name: 0}, f"--{name} must be at least 1, not 0") for name in COUNTS),
+        ({"num_steps": -5}, "--num_steps must be at least 1"),
+        ({"samples": -1}, "--samples must be at least 0"),
+        ({"lr": float("nan")}, "--lr must be a number above 0"),
+        ({"seed": 99999999999999999999}, "--seed must lie between"),
     ):
         with pytest.raises(UserError, match=message):
             program.main(arguments(inputs, tmp_path / "out", **changes))

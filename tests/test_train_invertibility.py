@@ -153,6 +153,11 @@ def test_bad_input_is_found_before_work(data, finished, tmp_path):
         ({"latent_space_name": "W+,F6"}, "lacks F6"),
         ({"batch_size": 3}, "does not divide evenly over the 2 devices"),
         ({"batch_size": 1}, "at least 2"),
+        ({"target_H": 0}, "--target_H must be at least 16"),
+        ({"num_steps": -5}, "--num_steps must be at least 1"),
+        ({"momentum": 1.0}, "--momentum must be below 1"),
+        ({"threshold": float("nan")}, "--threshold must be at least 0"),
+        ({"seed": -1}, "--seed must lie between"),
         ({"init": finished / "predictor", "latent_space_name": "W+"}, r"has maps of W\+,F4, the data have W\+"),
     ):
         with pytest.raises(UserError, match=message):

@@ -418,6 +418,8 @@ def launch(pipeline: Pipeline, *, listen: bool, port: int | None, open_browser: 
         )  # fmt: skip
     except OSError as error:
         raise UserError(
-            f"--port {port} cannot be used: give another, or leave it out ({str(error).splitlines()[0]})"
+            "no port from 7860 on is free: give one with --port"
+            if port is None
+            else f"--port {port} cannot be used, perhaps because another program uses it: give another, or leave it out"
         ) from error
     return blocks, address

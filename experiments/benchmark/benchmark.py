@@ -50,7 +50,9 @@ from samjax.nets.stylegan2 import StyleGAN2Config
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     resolutions: tuple[int, ...] = (256, 512, 1024)
+    """Image sizes of the generators, in pixels."""
     batch_sizes: tuple[int, ...] = (1, 4)
+    """Images in one step."""
     steps: int = 3
     """Steps of the largest batch in one round. Smaller batches take more: processors slow down under sustained load."""
     rounds: int = 5
@@ -58,7 +60,9 @@ class Arguments:
     reference: tuple[Path, Path] | None = None
     """Checkouts of NVlabs/stylegan3 and adobe-research/sam_inversion, to time the authors' step too."""
     channel_base: int = 32768
+    """Channels of a layer times its size in pixels, up to channel_max."""
     channel_max: int = 512
+    """Most channels of a layer."""
     demo: bool = False
     """Times the demo from the shell, and its sweep of thresholds."""
     quality: int = 0

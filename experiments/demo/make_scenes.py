@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from samjax import cli, demo
+from samjax.errors import check_least, check_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,10 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    check_least(args, {"count": 1, "easy_every": 0})
+    check_seed(args.seed)
     paths = demo.draw_scenes(args.output_path, args.count, args.seed, args.easy_every)
-    print(f"{len(paths)} scenes in {args.output_path}")
+    print(f"{len(paths)} scene{'s' * (len(paths) > 1)} in {args.output_path}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@
 #
 # | | a step | an image |
 # |---|--:|--:|
-# | two threads of a CPU core, measured | 1.32 s | 37 min |
+# | two hardware threads of one CPU core, measured | 1.32 s | 37 min |
 # | T4 GPU, estimated | 0.11 s | 3 min |
 # | one TPU v5e chip, estimated | 0.03 s | 48 s |
 #

@@ -714,6 +714,15 @@ def _labels_of(image: Image.Image) -> NDArray[np.int32] | None:
     return labels.reshape(packed.shape).astype(np.int32) if len(colors) <= MAX_LABELS else None
 
 
+def check_segments_size(path: str | Path, size: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """Raises a UserError if a segment file does not have the size, (height, width), of its image."""
+    if tuple(size) != tuple(image_size):
+        raise UserError(
+            f"{path} has {size[1]} x {size[0]} pixels but the image has {image_size[1]} x {image_size[0]}: "
+            "give a segment file of the image's own size"
+        )
+
+
 def read_segments(
     path: str | Path, height: int, width: int, image_size: tuple[int, int], mode: Fit = "stretch", fill: int = -1
 ) -> NDArray[np.int32]:
@@ -739,11 +748,7 @@ def read_segments(
     with _open(path) as image:
         lying = image.format != "TIFF" and _orientation(image) in _QUARTER_TURNS
         columns, rows = image.size[::-1] if lying else image.size
-        if (rows, columns) != tuple(image_size):
-            raise UserError(
-                f"{path} has {columns} x {rows} pixels but the image has {image_size[1]} x {image_size[0]}: "
-                "give a segment file of the image's own size"
-            )
+        check_segments_size(path, (rows, columns), image_size)
         _load(image)
         turn = _orientation(image)
         upright = image if turn is None else image.transpose(turn)

@@ -59,7 +59,7 @@ def _parts(value: Any) -> Iterator[bytes]:
 def check_settings(path: str | Path, settings: Mapping[str, Any], flag: str) -> None:
     """Checks that existing results in a directory were made with the same settings.
 
-    The first call writes the settings to `path`; later calls compare with them.
+    The first call writes the settings to `path`; later calls compare with them, unless there are no results yet.
 
     Args:
       path: path of the JSON file in the directory of the results.
@@ -76,10 +76,15 @@ def check_settings(path: str | Path, settings: Mapping[str, Any], flag: str) -> 
     except FileNotFoundError:
         files.write_json(path, now)
         return
+    except NotADirectoryError:
+        raise UserError(f"{path.parent} is a file: give a directory") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: remove {path.parent}, or choose another {flag}") from error
     before = before if isinstance(before, dict) else {}
-    if changed := sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name)):
+    changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+    if changed and not any(other.name != path.name and other.name[:1] != "." for other in path.parent.iterdir()):
+        files.write_json(path, now)  # whatever wrote the settings left no results
+    elif changed:
         raise UserError(
             f"{path.parent} holds results of other settings ({', '.join(changed)}): choose another {flag}, or remove "
             "that directory"

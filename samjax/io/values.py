@@ -52,7 +52,9 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
     except MemoryError as error:
         raise UserError(f"{path}: not enough memory to read it") from error
     except Exception as error:  # damaged files raise almost anything
@@ -142,7 +144,7 @@ def _safetensors(path: Path, _: memoryview) -> dict[str, np.ndarray]:
 
 def _pickle(_: Path, data: memoryview) -> Any:
     allowed = {**torch_files.names(), ("torch.storage", "_load_from_bytes"): torch_files.storage_reader()}
-    return pickles.load(arrays.View(data), allowed, encoding="latin1", size=len(data))
+    return pickles.load(arrays.View(data), allowed, encoding="latin1", size=len(data), unknown="inert")
 
 
 _READERS: Mapping[str, Callable[[Path, memoryview], Any]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -108,13 +108,19 @@ class _Item(NamedTuple):
     ws: np.ndarray
 
 
-def invert_directory(options: DirectoryOptions) -> DirectoryResult:
+def invert_directory(
+    options: DirectoryOptions, *, open_output: Callable[[Path], Path] = files.output_directory
+) -> DirectoryResult:
     """Inverts every image of a directory in each latent layer alone.
 
     Writes LAYER/NAME/final/input.png and reconstruction.png to `options.output_path`, the layout of the authors' data.
     Images and layers are items of the same batches, which are divided over all devices of this process. If there are
     several processes, each inverts its share of the images. Finished inversions are skipped, so an interrupted run is
     resumed by calling the function again. Images that cannot be read, or whose loss diverges, are skipped too.
+
+    Args:
+      options: what to invert, and how.
+      open_output: creates the directory of the results, once everything else is known to be usable.
 
     Returns:
       The images of this process, and those among them that failed.
@@ -125,7 +131,7 @@ def invert_directory(options: DirectoryOptions) -> DirectoryResult:
     paths = images.list_images(options.image_folder, notify=print)
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     config = _config(options, pipeline)
-    files.output_directory(options.output_path)
+    open_output(options.output_path)
     share = tuple(paths[jax.process_index() :: jax.process_count()])
     remaining = {path: _unfinished(path, options.output_path, config.latent_names) for path in share}
     count, total = sum(map(len, remaining.values())), len(share) * len(config.latent_names)

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from samjax.errors import UserError
+from samjax.errors import UserError, check_least, check_seed
 from samjax.io import checkpoints, images
 from samjax.report import training as report
 from samjax.training.checkpoints import Checkpoints, Log
@@ -41,13 +41,23 @@ class LoopOptions:
     log_frequency: int = 10
     """Steps between lines of metrics.jsonl."""
 
+    def check(self) -> None:
+        """Checks the options that need no files, which programs do before any work.
+
+        Raises:
+          UserError: a number is out of range.
+        """
+        counts = ("num_steps", "epochs", "batch_size", "val_frequency", "save_frequency", "log_frequency")
+        check_least(self, dict.fromkeys(counts, 1))
+        check_seed(self.seed)
+
     def epoch_steps(self, examples: int) -> int:
         """Steps of an epoch with this number of examples."""
         return max(examples // self.batch_size, 1)
 
     def total_steps(self, examples: int) -> int:
         """Steps of the run with this number of examples."""
-        return self.num_steps or self.epochs * self.epoch_steps(examples)
+        return self.epochs * self.epoch_steps(examples) if self.num_steps is None else self.num_steps
 
 
 @dataclasses.dataclass(frozen=True)

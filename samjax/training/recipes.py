@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from samjax.config import (
     Segmenter,
     segmenter_category,
 )
-from samjax.errors import UserError
+from samjax.errors import UserError, check_least, check_positive
 from samjax.io import checkpoints, files, images, provenance, registry, weights
 from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.e4e import E4EConfig
@@ -91,6 +91,11 @@ class EncoderOptions(loop.LoopOptions):
     lpips_type: Literal["vgg", "alex"] | None = None
     """LPIPS network of the loss. Default: the category's."""
 
+    def check(self) -> None:
+        super().check()
+        check_least(self, dict.fromkeys(("samples", "lambda_delta", "lambda_w"), 0))
+        check_positive(self, ("lr",))
+
     def pipeline_options(self) -> Options:
         """Options of the pipeline whose generator the encoder is for."""
         return Options(
@@ -114,11 +119,15 @@ def _new_encoder(options: EncoderOptions, generator: StyleGAN2Config) -> tuple[E
     return config, variables
 
 
-def train_encoder(options: EncoderOptions) -> Path:
+def train_encoder(options: EncoderOptions, *, open_output: Callable[[Path], Path] = files.output_directory) -> Path:
     """Trains an encoder for a generator on the images of a directory.
 
     Writes the encoder with the lowest validation loss, checkpoints, metrics and figures to `options.output_folder`. If
     that directory holds an interrupted run of the same options, the run is resumed.
+
+    Args:
+      options: options of the training.
+      open_output: creates the directory of the results, once everything else is known to be usable.
 
     Returns:
       The directory of the encoder, the `e4e_path` of `samjax.config.Options`.
@@ -126,6 +135,7 @@ def train_encoder(options: EncoderOptions) -> Path:
     Raises:
       UserError: bad options or files, or the directory holds a run of other options.
     """
+    options.check()
     train_files = images.list_images(options.image_folder, notify=print)
     val_files = images.list_images(options.image_folder_val, notify=print)
     place, part = loop.Placement(options.batch_size), (jax.process_index(), jax.process_count())
@@ -137,7 +147,7 @@ def train_encoder(options: EncoderOptions) -> Path:
         lambda_w=options.lambda_w, samples=options.batch_size if options.samples is None else options.samples,
         lpips_type=pipeline.config.lpips_type, seed=options.seed, class_idx=options.class_idx,
     )  # fmt: skip
-    _check_settings(options.output_folder, {
+    _check_settings(open_output(options.output_folder), {
         "encoder": network, "training": config, "batch_size": options.batch_size, "init": options.init,
         "data": [options.image_folder, options.image_folder_val], "images": [len(train_files), len(val_files)],
         "fit": options.fit, "generator": pipeline.fingerprint,
@@ -231,6 +241,16 @@ class PredictorOptions(loop.LoopOptions):
     bfloat16: bool = False
     """Runs the predictor in bfloat16."""
 
+    def check(self) -> None:
+        super().check()
+        if self.batch_size < 2:
+            raise UserError("--batch_size must be at least 2: batch normalization needs more than one image")
+        check_least(self, {"target_H": 16, "target_W": 16, "momentum": 0, "weight_decay": 0, "segment_weight": 0,
+                           "threshold": 0})  # fmt: skip
+        check_positive(self, ("lr",))
+        if self.momentum >= 1:
+            raise UserError(f"--momentum must be below 1, not {self.momentum}")
+
     def segmenter_name(self) -> Segmenter:
         """The segmenter to use."""
         category = CATEGORIES.get(self.image_category or "")
@@ -239,8 +259,6 @@ class PredictorOptions(loop.LoopOptions):
 
 def _new_predictor(options: PredictorOptions, latent_names: tuple[str, ...]) -> tuple[PredictorConfig, Any]:
     """Sizes of the predictor and the variables to start from, None for random ones."""
-    if options.batch_size < 2:
-        raise UserError("--batch_size must be at least 2: batch normalization needs more than one image")
     if options.init is None:
         return dataclasses.replace(PREDICTOR_PRESETS[options.preset], latent_names=latent_names), None
     config, variables, _ = checkpoints.load_network(options.init, "invertibility")
@@ -286,11 +304,15 @@ def _true_maps(
     return {name: functools.partial(data.read_targets, directory / name) for name in datasets}
 
 
-def train_predictor(options: PredictorOptions) -> Path:
+def train_predictor(options: PredictorOptions, *, open_output: Callable[[Path], Path] = files.output_directory) -> Path:
     """Trains an invertibility predictor on images and their inversions in each layer alone.
 
     Writes the predictor with the lowest validation loss, checkpoints, metrics and figures to `options.output_folder`.
     If that directory holds an interrupted run of the same options, the run is resumed.
+
+    Args:
+      options: options of the training.
+      open_output: creates the directory of the results, once everything else is known to be usable.
 
     Returns:
       The directory of the predictor, the `inv_model_path` of `samjax.config.Options`.
@@ -298,6 +320,7 @@ def train_predictor(options: PredictorOptions) -> Path:
     Raises:
       UserError: bad options or files, or the directory holds a run of other options.
     """
+    options.check()
     wanted = options.latent_space_name.split(",") if options.latent_space_name else None
     datasets = {"train": data.find(options.dataset_folder_train, wanted)}
     latent_names = datasets["train"].latent_names
@@ -311,9 +334,11 @@ def train_predictor(options: PredictorOptions) -> Path:
         lpips_type=options.lpips_type, bfloat16=options.bfloat16, seed=options.seed,
     )  # fmt: skip
     category = CATEGORIES.get(options.image_category or "")
-    threshold = options.threshold or (category.threshold if category else 0.225)
+    threshold = options.threshold
+    if threshold is None:
+        threshold = category.threshold if category else 0.225
     size = (options.target_H, options.target_W)
-    _check_settings(options.output_folder, {
+    _check_settings(open_output(options.output_folder), {
         "predictor": network, "training": config, "batch_size": options.batch_size, "size": size, "init": options.init,
         "data": [options.dataset_folder_train, options.dataset_folder_val], "images": [count, val_count],
         "segmenter": options.segmenter_name(), "cache_targets": options.cache_targets,
@@ -366,11 +391,10 @@ def train_predictor(options: PredictorOptions) -> Path:
 
 
 def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Creates the output directory, and checks that the run in it, if there is one, has the same settings.
+    """Checks that the run in the output directory, if there is one, has the same settings.
 
     Raises:
-      UserError: it has other settings, or the directory cannot be written.
+      UserError: it has other settings.
     """
-    files.output_directory(directory)
     if jax.process_index() == 0:
         provenance.check_settings(directory / "settings.json", settings, "--output_folder")
