@@ -143,6 +143,7 @@ def main(args: Arguments) -> None:
         "source": str(manifest.get("source", {}).get("sha256"))[:16],
         "samples": args.samples,
         "seed": args.seed,
+        "class_idx": args.class_idx,
     }
     lpips_params = weights.load_lpips("alex")
     ws = directions.seed_styles(config, params, range(args.images), args.truncation_psi, class_idx=args.class_idx)

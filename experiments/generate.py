@@ -5,8 +5,9 @@
     python experiments/generate.py --generator converted/ --ws styles.npy --output_path out
 
 OUTPUT_PATH gets a PNG for each image, grid.png with all of them, and images.npy: float32 [N, H, W, C] in [-1, 1], not
-rounded, in the same order. Files of the same names are replaced. A seed gives the z that NVIDIA's own programs draw for
-it, so images can be identified by their seeds.
+rounded, in the same order. Files of the same names are replaced. A PNG is gray, RGB or RGBA: of a generator that draws
+another number of channels, there is only images.npy. A seed gives the z that NVIDIA's own programs draw for it, so
+images can be identified by their seeds.
 
 The first command takes 10 seconds on two CPU cores and draws eight cars of 256 px.
 """
@@ -68,8 +69,9 @@ def main(args: Arguments) -> None:
     else:
         loaded = checkpoints.load_generator(get.ready(args.generator, "generator", notify=cli.note))
     config, channels = loaded.config, loaded.config.img_channels
-    if channels not in (1, 3, 4):
-        raise UserError(f"this generator draws images of {channels} channels; a PNG has 1, 3 or 4")
+    as_png = channels in (1, 3, 4)
+    if not as_png:
+        cli.note(f"the generator's {channels} channels are neither gray, RGB nor RGBA: only images.npy is written")
     if args.ws is None:
         check_class(config, args.class_idx)
         if config.c_dim and args.class_idx is None:
@@ -94,13 +96,15 @@ def main(args: Arguments) -> None:
         np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for batch in batches:
             array.write(np.ascontiguousarray(batch, "<f4").tobytes())
-            for image in images.to_uint8(batch):
+            for image in images.to_uint8(batch) if as_png else ():
                 image = image[..., 0] if channels == 1 else image
                 images.save_png(folder / f"{next(remaining)}.png", image)
                 grid.add(image)
-                bar.update()
-    images.save_png(folder / "grid.png", grid.image)
-    print(f"{len(names)} images of {config.img_resolution} px in {folder}: {names[0]}.png, …, grid.png, images.npy")
+            bar.update(len(batch))
+    if as_png:
+        images.save_png(folder / "grid.png", grid.image)
+    listed = f"{names[0]}.png, …, grid.png, images.npy" if as_png else "images.npy"
+    print(f"{len(names)} images of {config.img_resolution} px in {folder}: {listed}")
 
 
 if __name__ == "__main__":

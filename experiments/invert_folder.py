@@ -4,7 +4,7 @@
 
 Writes OUTPUT_PATH/LAYER/NAME/final/input.png and reconstruction.png, like the authors' program, so that both their
 training and `train_invertibility.py` can read them. Finished inversions are skipped: after an interruption, even a
-kill, the same command resumes.
+kill, the same command resumes. Images and layers may be added, but other settings need another OUTPUT_PATH.
 
 An image of the demo takes 46 seconds on two CPU cores (five layers of 100 steps). Images and layers are items of the
 same batches, which are divided over all devices. Several machines share a directory if the command runs on each with

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from samjax import batching, driver, losses
 from samjax.config import InversionConfig
 from samjax.driver import OnProgress
+from samjax.errors import escaped
 from samjax.inversion import Items, Networks, Terms, structure, target_features
 from samjax.latents import init_latents, latent_layers, single_layer_masks
 from samjax.nets import deeplab, e4e, lpips, stylegan2
@@ -48,6 +49,8 @@ class Analysis:
         "latent_F4" [L, 16, 16, C], ..., "terms" [6, steps, L], the loss terms, and "seconds", the time of each;
         empty if the maps were predicted.
       ws_from: "given", or how `ws` was found: "mean", "best" or "encoder".
+      maps_from: "given", or how the maps were found: "measured" or "predicted".
+      fingerprint: fingerprint of the generator for which the image was analyzed; empty if it is not known.
     """
 
     name: str
@@ -61,11 +64,13 @@ class Analysis:
     maps: np.ndarray
     singles: Mapping[str, np.ndarray]
     ws_from: str = "mean"
+    maps_from: str = "predicted"
+    fingerprint: str = ""
 
     def __repr__(self) -> str:
         height, width = self.target.shape[:2]
         count = len(np.unique(self.segments))
-        return f"<Analysis of {self.name}: {width} x {height}, {count} segments, {', '.join(self.layers)}>"
+        return f"<Analysis of {escaped(self.name)}: {width} x {height}, {count} segments, {', '.join(self.layers)}>"
 
     def full_size(self, image: np.ndarray) -> np.ndarray:
         """A generator's image [R, R, 3] without the rows that letterboxing added; see `losses.full_size`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
 import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from samjax.errors import UserError, check_seed, check_types, shown
 from samjax.latents import LATENT_NAMES, latent_layers, parse_latent_names
@@ -26,18 +27,66 @@ Precision = Literal["highest", "high", "default", "bfloat16"]
 Fit = Literal["stretch", "letterbox", "crop"]
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST = 2**31 - 1  # that a compiled program counts
 _RANGES = {
     "lr": "it is above 0",
     "beta1": "it is 0 or more, and below 1",
     "beta2": "it is 0 or more, and below 1",
-    "lr_rampdown_length": "it is a fraction from 0 to 1",
-    "lr_rampup_length": "it is a fraction from 0 to 1",
 }
+
+
+# --- checks ---
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that float32 has, up to rounding: neither infinite, NaN, nor a boolean."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(float(value)) <= _LARGEST
+    except OverflowError:
+        return False
+
+
+def check_strengths(strengths: Any, what: str = "--edit_strengths") -> tuple[float, ...]:
+    """Checks that strengths of edits are finite numbers, of which there may be any number, and returns them."""
+    found = as_list(strengths, what, "numbers")
+    for strength in found:
+        if not is_finite(strength):
+            raise UserError(f"{what}: a strength must be a finite number, not {shown(strength)}")
+    return tuple(map(float, found))
+
+
+def check_threshold(threshold: Any, what: str = "the threshold") -> float:
+    """Checks that a threshold is a finite number, 0 or more, and returns it."""
+    if not is_finite(threshold) or threshold < 0:
+        raise UserError(f"{what} must be a finite number, 0 or more, not {shown(threshold)}")
+    return float(threshold)
+
+
+def as_list(values: Any, what: str, of: str) -> list[Any]:
+    """A list of what a caller gives as several values, an array or anything that can be iterated over.
+
+    Args:
+      values: what the caller gives.
+      what: the name of the argument, for the message.
+      of: what it is a list of, for the message.
+
+    Raises:
+      UserError: it is a single value, or text.
+    """
+    if hasattr(values, "__array__"):
+        values = np.asarray(values).tolist()
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"{what} must be a list of {of}, not {shown(values)}")
+    return list(values)
 
 
 @functools.lru_cache(maxsize=32)
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+# --- settings of the optimization ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +118,8 @@ class InversionConfig:
         16 bits, with sums in float32, and everything else in full float32.
 
     Raises:
-      ValueError: a size below 1.
+      UserError: a setting has another type, or a value that is not among its choices.
+      ValueError: a setting is out of range.
     """
 
     num_opt_steps: int = 1001
@@ -97,14 +147,18 @@ class InversionConfig:
         for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise ValueError(f"{name} must be at least 1, not {shown(value)}")
+            if value is not None and value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, not {shown(value)}")
+        if unknown := [name for name in self.latent_names if name not in LATENT_NAMES]:
+            raise ValueError(f"latent_names cannot have {', '.join(map(repr, unknown))}: choose from {LATENT_NAMES}")
         inside = {"lr": self.lr > 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1}
-        inside |= {name: 0 <= getattr(self, name) <= 1 for name in ("lr_rampdown_length", "lr_rampup_length")}
-        names = (field.name for field in dataclasses.fields(self) if field.name.startswith("lambda_"))
+        names = (field.name for field in dataclasses.fields(self) if field.name.startswith(("lambda_", "lr_")))
         inside |= {name: getattr(self, name) >= 0 for name in names}
         for name, is_inside in inside.items():
-            if not is_inside or not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} cannot be {getattr(self, name)}: {_RANGES.get(name, 'it is 0 or more')}")
+            value = getattr(self, name)
+            if not is_inside:  # nor if it is NaN
+                raise ValueError(f"{name} cannot be {shown(value)}: {_RANGES.get(name, 'it is 0 or more')}")
 
     @property
     def half_precision(self) -> bool:
@@ -154,6 +208,10 @@ class Category:
       start: where W+ starts: the mean style, the best of some samples, the encoder's code, or a code that is given.
       config: default settings of its inversions.
       official: whether the authors of SAM distribute networks for it.
+
+    Raises:
+      UserError: an attribute has another type, or a value that is not among its choices.
+      ValueError: a size or threshold is out of range.
     """
 
     name: str
@@ -166,6 +224,14 @@ class Category:
     start: Start | Literal["given"] = "mean"
     config: InversionConfig = InversionConfig()
     official: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, _hints(type(self)))
+        if len(self.target_size) != 2 or not all(1 <= size <= _MOST for size in (self.resolution, *self.target_size)):
+            raise ValueError(f"resolution and target_size cannot be {self.resolution} and {shown(self.target_size)}")
+        thresholds = (self.threshold, *self.threshold_range)
+        if len(thresholds) != 3 or not all(is_finite(value) and value >= 0 for value in thresholds):
+            raise ValueError(f"threshold and threshold_range cannot be {shown(thresholds)}: they are 0 or more")
 
     @classmethod
     def for_resolution(cls, resolution: int) -> Category:
@@ -328,22 +394,22 @@ def checked(options: Options) -> Options:
     check_types(options, hints)
     check_seed(options.seed)
     check_strengths(options.edit_strengths)
-    if options.threshold is not None and not 0 <= options.threshold < math.inf:
-        raise UserError(f"--threshold must be a finite number, 0 or more, not {options.threshold}")
+    if options.threshold is not None:
+        check_threshold(options.threshold, "--threshold")
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and not is_finite(value):
+            raise UserError(f"--{field.name} must be a finite number, not {shown(value)}")
+    for name in ("lr_rampdown_length", "lr_rampup_length"):
+        length = getattr(options, name)
+        if length is not None and not 0 <= length <= 1:
+            raise UserError(f"--{name} is a fraction of the run, from 0 to 1, not {length}")
     paths = {
         name: Path(value)
         for name, hint in hints.items()
         if isinstance(value := getattr(options, name, None), str) and Path in (hint, *typing.get_args(hint))
     }
     return dataclasses.replace(options, **paths) if paths else options
-
-
-def check_strengths(strengths: Any, what: str = "--edit_strengths") -> None:
-    """Raises a UserError if strengths of edits are not finite numbers, or too large for float32."""
-    for strength in strengths:
-        is_number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
-        if not is_number or not abs(float(strength)) < 3e38:
-            raise UserError(f"{what}: a strength must be a finite number, not {shown(strength)}")
 
 
 def resolve_category(
@@ -475,7 +541,7 @@ def resolve(
       options: the user's options.
       generator: sizes of the generator.
       category: as returned by `resolve_category`; derived from the options if None.
-      max_batch_size: upper limit of the default batch size, for each device.
+      max_batch_size: upper limit of the default batch size, for each device; at least 1.
       devices: number of devices over which each batch is divided.
 
     Raises:
@@ -487,6 +553,8 @@ def resolve(
     ('demo', 340, 0.1)
     """
     options = checked(options)
+    if not isinstance(max_batch_size, numbers.Integral) or max_batch_size < 1:
+        raise UserError(f"max_batch_size must be at least 1, not {shown(max_batch_size)}")
     check_generator(generator, options.class_idx)
     category = category or resolve_category(options)
     made = generator.img_resolution
@@ -500,9 +568,6 @@ def resolve(
         )
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(InversionConfig)}
     given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} must be a finite number, not {value}")
     if options.latent_names is None:
         given["latent_names"] = tuple(layer.name for layer in latent_layers(generator))
     else:
@@ -516,11 +581,11 @@ def resolve(
     try:
         config = with_preset(category.config, options.preset)
         config = dataclasses.replace(config, **given, loss_resolution=max(category.target_size))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except ValueError as error:  # which begins with the name of the option
+        raise UserError(f"--{error}") from error
     steps = options.invertibility_steps
-    if steps is not None and steps < 1:
-        raise UserError(f"--invertibility_steps must be at least 1, not {steps}")
+    if steps is not None and not 1 <= steps <= _MOST:
+        raise UserError(f"--invertibility_steps must be at least 1, and at most {_MOST}, not {steps}")
     return Settings(category, config, steps or min(config.num_opt_steps, 501))
 
 

@@ -35,7 +35,9 @@ from samjax.config import (
     Category,
     InversionConfig,
     Options,
+    as_list,
     check_strengths,
+    check_threshold,
     checked,
     resolve,
     resolve_category,
@@ -48,6 +50,9 @@ from samjax.io.checkpoints import LoadedNetwork
 from samjax.latents import init_latents, latent_layers, single_layer_masks
 from samjax.layer_selection import Assignment
 from samjax.nets import lpips, stylegan2
+from samjax.nets.deeplab import PredictorConfig
+from samjax.nets.e4e import E4EConfig
+from samjax.nets.stylegan2 import StyleGAN2Config
 from samjax.results import Edits, Inversion
 
 if TYPE_CHECKING:
@@ -107,10 +112,11 @@ class Pipeline:
           UserError: networks or options are inconsistent, or weights are missing or damaged.
         """
         runtime.configure()
-        if not isinstance(generator, LoadedNetwork):
+        self.options = checked(Options() if options is None else options)
+        if isinstance(generator, str | Path):
             name = name or Path(generator).name
             generator = checkpoints.load_generator(generator)
-        self.options = checked(Options() if options is None else options)
+        _check_kinds(generator, encoder, predictor, segmenter, directions, category)
         category = category or resolve_category(
             self.options, generator=True, encoder=encoder is not None, predictor=predictor is not None
         )
@@ -153,11 +159,15 @@ class Pipeline:
         """
         if not isinstance(name, str | Path):
             raise UserError(f"give the name of a category or the path of a generator, not {shown(name)}")
-        if str(name) in CATEGORIES:
-            return cls.from_options(Options(image_category=str(name), **options))  # type: ignore[arg-type]
-        if not Path(name).exists():
-            raise UserError(f"{name} is neither a file nor a category: the categories are {', '.join(CATEGORIES)}")
-        return cls.from_options(Options(gan_weights=Path(name), **options))
+        if str(name) in CATEGORIES and not (isinstance(name, Path) and name.exists()):
+            given: dict[str, Any] = {"image_category": str(name)}
+        elif Path(name).exists():
+            given = {"gan_weights": Path(name)}
+        else:
+            raise UserError(f"{name} is neither a file nor a category: choose from {', '.join(CATEGORIES)}")
+        if unknown := options.keys() - ({field.name for field in dataclasses.fields(Options)} - given.keys()):
+            raise UserError(f"{', '.join(sorted(unknown))} cannot be given here: see samjax.config.Options")
+        return cls.from_options(Options(**given, **options))
 
     @classmethod
     def from_options(
@@ -217,7 +227,7 @@ class Pipeline:
           image: a path, a PIL image, or an array [H, W, 3], uint8 or float in [-1, 1].
           segments: a label image: a path, or integers [H, W] of the image's size or [h, w] of the target's. The
             segmenter finds them if None.
-          segment_names: label to the name of what the segment shows.
+          segment_names: label, which is an integer, to the name of what the segment shows.
           maps: [L, h, w] error maps; predicted or measured if None.
           start: the code in W or W+ at which W+ starts: an array [num_ws, w_dim] or [w_dim], a mapping such as
             `{"W+": array}` or an inversion's latents, or a file; of several codes, the one that has the name of the
@@ -230,10 +240,15 @@ class Pipeline:
           UserError: an image, segments or arrays that cannot be used.
           DivergedError: a loss is not finite.
         """
+        if name is not None and not isinstance(name, str):
+            raise UserError(f"name must be text, not {shown(name)}")
         named = image if isinstance(image, str | Path) else name or "image"
         given = self._given_start(start, named)
-        if any(not isinstance(label, numbers.Integral) for label in segment_names or {}):
-            raise UserError("segment_names maps labels, which are integers, to names")
+        shows = {} if segment_names is None else segment_names
+        if not isinstance(shows, Mapping) or not all(
+            isinstance(label, numbers.Integral) and isinstance(text, str) for label, text in shows.items()
+        ):
+            raise UserError('segment_names maps labels, which are integers, to names, such as {7: "car"}')
         source, target = self.read_image(image, notify=self._notify)
         height, width = self.category.target_size
         size = images.image_size(image) if isinstance(image, str | Path) else source.shape[:2]
@@ -245,23 +260,24 @@ class Pipeline:
             source=source,
             target=target,
             segments=labels,
-            segment_names=dict(segment_names or {}),
+            segment_names={int(label): text for label, text in shows.items()},
             segments_from=self.category.segmenter if segments is None else "given",
             ws=self.start(target) if given is None else given,
             ws_from=self.category.start if given is None else "given",
             layers=tuple(layer.name for layer in self.layers),
             maps=np.zeros((len(self.layers), height, width), np.float32),
             singles={},
+            fingerprint=self.fingerprint,
         )
         if directory is not None:
             self._check_settings(taken, directory)
         if maps is not None:
-            return dataclasses.replace(taken, maps=self._array(maps, "maps", taken.maps.shape))
+            return dataclasses.replace(taken, maps=self._array(maps, "maps", taken.maps.shape), maps_from="given")
         if self.predictor is not None:
             config, params, _ = self.predictor
             made = analysis.predict_maps(config, params, target[None])[0]
             chosen = [config.latent_names.index(layer.name) for layer in self.layers]
-            return dataclasses.replace(taken, maps=made[chosen])
+            return dataclasses.replace(taken, maps=made[chosen], maps_from="predicted")
         return self._measured(taken, directory, on_progress)
 
     def invert(
@@ -293,9 +309,8 @@ class Pipeline:
           UserError: arguments cannot be used, or `directory` holds results of other settings.
           DivergedError: a loss is not finite.
         """
+        self._check_choices([] if threshold is None else [threshold], layers, num_opt_steps)
         before = image if isinstance(image, Inversion) else None
-        if layers is not None and not isinstance(layers, Mapping):
-            raise UserError(f'layers maps segments to layers, such as {{3: "F10"}}; it is {shown(layers)}')
         known = self._analysis(image, segments, directory, on_progress, start)
         if threshold is None:
             threshold = self.category.threshold if before is None else before.threshold
@@ -333,9 +348,10 @@ class Pipeline:
           UserError: see `invert`.
           DivergedError: see `invert`.
         """
+        chosen = list(self.category.sweep()) if thresholds is None else as_list(thresholds, "thresholds", "numbers")
+        self._check_choices(chosen, layers)
         known = self._analysis(image, segments, directory, on_progress)
-        chosen = self.category.sweep() if thresholds is None else thresholds
-        return self._invert(known, list(chosen), layers or {}, directory=directory, on_progress=on_progress)
+        return self._invert(known, chosen, layers or {}, directory=directory, on_progress=on_progress)
 
     def invert_batch(
         self,
@@ -358,9 +374,9 @@ class Pipeline:
           UserError: see `invert`.
           DivergedError: see `invert`; `items` are positions in `images`.
         """
-        threshold = self._finite(self.category.threshold if threshold is None else threshold)
+        threshold = check_threshold(self.category.threshold if threshold is None else threshold)
         if (
-            isinstance(images, str | Path | Analysis)
+            isinstance(images, str | Path | Analysis | Mapping)
             or getattr(images, "ndim", 4) != 4
             or not isinstance(images, Iterable)
         ):
@@ -396,6 +412,7 @@ class Pipeline:
         Returns:
           Layer name to inversion, the most editable layer first; empty if the maps were predicted or given.
         """
+        self._check_analysis(known)
         return {layer: self._single_layer(known, i) for i, layer in enumerate(known.layers)} if known.singles else {}
 
     # --- edits ---
@@ -434,13 +451,12 @@ class Pipeline:
             raise UserError("a mapping of directions has their strengths: leave strength out")
         if isinstance(directions, list | tuple) and any(isinstance(each, str | Path) for each in directions):
             raise UserError('several directions are given with their strengths, such as {"dusk": 1, "blue_car": 2}')
-        given = directions if isinstance(directions, Mapping) else {"": strength}
-        check_strengths(given.values(), "edit")
+        given = list(directions.items()) if isinstance(directions, Mapping) else [(directions, strength)]
+        factors = check_strengths([factor for _, factor in given], "edit")
         total = np.zeros(self.layers_shape, np.float32)
-        for key, factor in given.items():
-            total += self._finite(factor, "a strength") * self._direction(
-                key if isinstance(directions, Mapping) else directions
-            )
+        with np.errstate(over="ignore", invalid="ignore"):  # which `_edit` finds in the image
+            for (direction, _), factor in zip(given, factors, strict=True):
+                total += np.float32(factor) * self._direction(direction)
         return self._edit(inversion, total[None], (1.0,))[0, 0]
 
     def edit_sweep(
@@ -460,15 +476,15 @@ class Pipeline:
           UserError: a name is unknown.
         """
         self._check_own(inversion)
-        chosen = {name: self._direction(name) for name in (self.directions if names is None else names)}
-        strengths = self.options.edit_strengths if strengths is None else strengths
-        check_strengths(strengths, "edit_sweep")
+        wanted = list(self.directions) if names is None else as_list(names, "names", "directions")
+        chosen = {name: self._direction(name) for name in wanted}
+        strengths = check_strengths(self.options.edit_strengths if strengths is None else strengths, "strengths")
         vectors = np.reshape(list(chosen.values()), (-1, *self.layers_shape))
         methods = {**inversion.baselines, "SAM": inversion}
         made = {method: self._edit(item, vectors, strengths) for method, item in methods.items()}
         return {
             name: {
-                float(strength): {method: images[d, s] for method, images in made.items()}
+                strength: {method: images[d, s] for method, images in made.items()}
                 for s, strength in enumerate(strengths)
             }
             for d, name in enumerate(chosen)
@@ -529,7 +545,12 @@ class Pipeline:
         return styles.choose(styles.collect(start, *self.layers_shape, "start"), image, "start")
 
     def start_image(self, known: Analysis) -> np.ndarray:
-        """The generator's image of where W+ starts; [R, R, 3]."""
+        """The generator's image of where W+ starts; [R, R, 3].
+
+        Raises:
+          UserError: the analysis is by another generator.
+        """
+        self._check_analysis(known)
         latents = init_latents(self.layers, jnp.asarray(known.ws)[None])
         masks = {name: np.asarray(mask)[:1] for name, mask in single_layer_masks(self.layers).items()}
         return self.render(latents, masks)[0]
@@ -549,17 +570,20 @@ class Pipeline:
             raise UserError(
                 f"{directory} holds an inversion in the layers {', '.join(notes['layers'])}: give --latent_names"
             )
-        if notes["category"].target_size != self.category.target_size:
+        sizes = [(each.resolution, each.target_size) for each in (notes["category"], self.category)]
+        if sizes[0] != sizes[1]:
             raise UserError(f"{directory} holds an inversion of the category {notes['category'].name}")
         results.check_arrays(arrays, self.layers, self.category.target_size, Path(directory))
         kept: dict[str, Any] = {
             **{name: notes[name] for name in ("name", "segment_names", "segments_from", "ws_from", "layers")},
+            **{name: notes[name] for name in ("maps_from", "fingerprint")},
             **{name: arrays[name] for name in ("source", "target", "segments", "ws", "maps")},
         }
         known = Analysis(
             **kept,
             singles={key.removeprefix("single_"): a for key, a in arrays.items() if key.startswith("single_")},
         )
+        self._check_choices([notes["threshold"]], notes["forced"])
         assignment = self._assign(known, [notes["threshold"]], notes["forced"])
         latents = {key.removeprefix("latent_"): a for key, a in arrays.items() if key.startswith("latent_")}
         loaded = self._result(
@@ -636,30 +660,37 @@ class Pipeline:
     ) -> Analysis:
         if isinstance(image, Inversion):
             self._check_own(image)
+        if directory is not None and not isinstance(directory, str | Path):
+            raise UserError(f"directory must be a path, not {shown(directory)}")
         known = image.analysis if isinstance(image, Inversion) else image
         if not isinstance(known, Analysis):
             return self.analyze(known, segments=segments, start=start, directory=directory, on_progress=on_progress)
         for what, value in (("segments", segments), ("a start", start)):
             if value is not None:
                 raise UserError(f"{what} can be given with an image only: pass it to analyze")
+        self._check_analysis(known)
+        return known
+
+    def _check_analysis(self, known: Analysis) -> None:
+        """Checks that an analysis is one by this pipeline, or by another with this generator and these layers."""
+        if not isinstance(known, Analysis):
+            raise UserError(f"give an analysis, as returned by analyze, not {shown(known)}")
         if known.layers != tuple(layer.name for layer in self.layers):
             raise UserError(f"the analysis is of the layers {', '.join(known.layers)}: analyze the image again")
         if known.target.shape[:2] != self.category.target_size:
             raise UserError(f"the analysis is of {known.target.shape[:2]} px: analyze the image again")
-        return known
+        if known.fingerprint not in ("", self.fingerprint) or known.ws.shape != self.layers_shape:
+            raise UserError("the analysis is by another generator: analyze the image again")
 
     def _labels(self, segments: str | Path | ArrayLike, size: tuple[int, int]) -> np.ndarray:
         height, width = self.category.target_size
         if isinstance(segments, str | Path):
             return images.read_segments(segments, height, width, size, self.options.fit)
-        labels = np.asarray(segments)
+        labels = self._as_array(segments, "segments")
         if labels.dtype.kind not in "iu" or labels.ndim != 2:
             raise UserError(f"segments must be integers [H, W], not {labels.dtype} {list(labels.shape)}")
-        found = np.unique(labels)
-        if len(found) > images.MAX_LABELS or not -(2**31) <= int(found[0]) <= int(found[-1]) < 2**31:
-            raise UserError(f"segments must have at most {images.MAX_LABELS} labels, integers of 32 bits")
         if labels.shape == (height, width):
-            return labels.astype(np.int32)
+            return images.fit_labels(labels, height, width)
         if labels.shape != tuple(size):
             raise UserError(
                 f"segments of {labels.shape[0]} x {labels.shape[1]} pixels do not fit the image, which has "
@@ -673,6 +704,7 @@ class Pipeline:
         if path is not None and path.exists():
             self._note(f"resuming: the single-layer inversions are done ({path.name})")
             kept = files.read_npz(path)
+            results.check_measured(kept, self.layers, self.category.target_size, path)
         else:
             config = driver.even_batches(self.config, len(self.layers))
             config = dataclasses.replace(config, num_opt_steps=self.measure_steps)
@@ -687,20 +719,32 @@ class Pipeline:
             kept |= {"seconds": np.asarray((time.perf_counter() - began) / len(self.layers))}
             if path is not None:
                 files.write_npz(path, kept)
-        return dataclasses.replace(
-            known, maps=kept["maps"], singles={name: array for name, array in kept.items() if name != "maps"}
-        )
+        singles = {name: array for name, array in kept.items() if name != "maps"}
+        return dataclasses.replace(known, maps=kept["maps"], singles=singles, maps_from="measured")
+
+    def _check_choices(
+        self, thresholds: Sequence[float], layers: Mapping[int, str] | None, num_opt_steps: int | None = None
+    ) -> None:
+        """Checks what the caller chooses for an inversion, as far as that is possible before the image is analyzed."""
+        for threshold in thresholds:
+            check_threshold(threshold)
+        if layers is not None and not isinstance(layers, Mapping):
+            raise UserError(f'layers maps segments to layers, such as {{3: "F10"}}; it is {shown(layers)}')
+        names = [layer.name for layer in self.layers]
+        if unknown := [layer for layer in (layers or {}).values() if layer not in names]:
+            raise UserError(f"unknown latent layer {', '.join(map(shown, unknown))}: choose from {', '.join(names)}")
+        if num_opt_steps is not None:
+            try:
+                dataclasses.replace(self.config, num_opt_steps=num_opt_steps)
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
     def _assign(self, known: Analysis, thresholds: Sequence[float], forced: Mapping[int, str]) -> Assignment:
         """The layer of each segment at each threshold."""
         names, labels = list(known.layers), set(np.unique(known.segments).tolist())
-        if unknown := sorted({layer for layer in forced.values() if layer not in names}):
-            raise UserError(f"unknown latent layer {', '.join(map(repr, unknown))}: choose from {', '.join(names)}")
         if absent := [label for label in forced if label not in labels]:
-            known_labels = ", ".join(map(str, sorted(labels)))
-            raise UserError(f"the image has no segment {', '.join(map(repr, absent))}: its segments are {known_labels}")
-        for threshold in thresholds:
-            self._finite(threshold)
+            missing, present = (", ".join(map(shown, each)) for each in (absent, sorted(labels)))
+            raise UserError(f"the image has no segment {missing}: its segments are {present}")
         chosen = layer_selection.assign_layers(known.maps, known.segments, list(thresholds))
         indices = {label: names.index(layer) for label, layer in forced.items()}
         return layer_selection.force_layers(chosen, known.segments, indices)
@@ -717,8 +761,6 @@ class Pipeline:
         before: Inversion | None = None,
     ) -> list[Inversion]:
         """An inversion for each threshold; equal layer maps are optimized once, and finished ones are not repeated."""
-        if num_opt_steps is not None and num_opt_steps < 1:
-            raise UserError(f"num_opt_steps must be at least 1, not {num_opt_steps}")
         config = dataclasses.replace(self.config, num_opt_steps=num_opt_steps or self.config.num_opt_steps)
         assignment = self._assign(known, thresholds, forced)
         if directory is not None:
@@ -761,8 +803,9 @@ class Pipeline:
         if path is None or not path.exists():
             return None
         arrays = files.read_npz(path)
-        fits = {"layer_map", "terms"} <= arrays.keys() and np.array_equal(arrays["layer_map"], layer_map)
-        return arrays if fits and arrays["terms"].shape[1:] == (num_opt_steps,) else None
+        results.check_kept(arrays, self.layers, self.category.target_size, path)
+        fits = np.array_equal(arrays["layer_map"], layer_map) and arrays["terms"].shape[1] == num_opt_steps
+        return arrays if fits else None
 
     def _optimize(
         self,
@@ -848,11 +891,14 @@ class Pipeline:
     def _edit(self, inversion: Inversion, vectors: np.ndarray, strengths: Sequence[float]) -> np.ndarray:
         """[D, S, R, R, 3] of directions [D, num_ws, w_dim]."""
         at_once = 4 if jax.default_backend() == "cpu" else 16  # a CPU is not faster with more
-        return editing.edit(
+        made = editing.edit(
             self.generator.config, self.generator.params, inversion.latents, inversion.masks, vectors, strengths,
             noise=self.config.stored_noise, precision=self.config.matmul_precision,
             batch_size=max(min(at_once, len(vectors) * len(strengths)), 1),
         )  # fmt: skip
+        if not np.isfinite(made).all():
+            raise UserError("the edited image has values that are not finite: give smaller strengths")
+        return made
 
     def _direction(self, direction: str | Path | ArrayLike) -> np.ndarray:
         """[num_ws, w_dim], from a name, a file, or an array."""
@@ -865,7 +911,7 @@ class Pipeline:
                     f"there is no direction {str(direction)!r}: choose from {known}; a file needs its suffix"
                 )
             return directions.read_one(direction, *self.layers_shape)
-        return directions.check(np.asarray(direction), *self.layers_shape, Path("the direction"))
+        return directions.check(self._as_array(direction, "the direction"), *self.layers_shape, "the direction")
 
     def _check_settings(self, known: Analysis, directory: str | Path) -> None:
         """Checks that results in `directory` were made with the same settings."""
@@ -880,23 +926,44 @@ class Pipeline:
         provenance.check_settings(Path(directory) / "settings.json", settings, "directory")
 
     @staticmethod
-    def _array(values: ArrayLike, what: str, shape: tuple[int, ...]) -> np.ndarray:
-        array = np.asarray(values)
+    def _as_array(values: ArrayLike, what: str) -> np.ndarray:
+        try:
+            return np.asarray(values)
+        except Exception as error:  # ragged lists, and objects with conversions of their own
+            raise UserError(f"{what} must be an array, not {shown(values)}") from error
+
+    def _array(self, values: ArrayLike, what: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = self._as_array(values, what)
         if array.shape != tuple(shape) or array.dtype.kind not in "fiu":
             raise UserError(f"{what} must be numbers {list(shape)}, not {array.dtype} {list(array.shape)}")
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise UserError(f"{what} hold values that are not finite")
-        return array.astype(np.float32)
-
-    @staticmethod
-    def _finite(value: float, what: str = "the threshold") -> float:
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"{what} must be a finite number, not {shown(value)}")
-        return float(value)
+        return array
 
     def _note(self, line: str) -> None:
         if self._notify is not None:
             self._notify(line)
+
+
+def _check_kinds(generator: Any, encoder: Any, predictor: Any, segmenter: Any, directions: Any, category: Any) -> None:
+    """Raises a UserError that names the argument of `Pipeline` that is something else, if there is one."""
+
+    def is_network(value: Any, config: type) -> bool:
+        return isinstance(value, LoadedNetwork) and isinstance(value.config, config)
+
+    by_name = "a function (the options choose one by its name)"
+    for name, value, is_right, wanted in (
+        ("generator", generator, is_network(generator, StyleGAN2Config), "a loaded generator, or the path of one"),
+        ("encoder", encoder, encoder is None or is_network(encoder, E4EConfig), "a loaded encoder"),
+        ("predictor", predictor, predictor is None or is_network(predictor, PredictorConfig), "a loaded predictor"),
+        ("segmenter", segmenter, segmenter is None or callable(segmenter), by_name),
+        ("directions", directions, isinstance(directions, Mapping | None), "a mapping of names to directions"),
+        ("category", category, isinstance(category, Category | None), "a samjax.config.Category"),
+    ):
+        if not is_right:
+            raise UserError(f"{name} must be {wanted}, not {shown(value)}")
 
 
 @contextlib.contextmanager

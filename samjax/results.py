@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samjax.analysis import Analysis
-from samjax.config import Category, InversionConfig
-from samjax.errors import UserError, brief
+from samjax.config import Category, InversionConfig, check_threshold, is_finite
+from samjax.errors import UserError, brief, escaped, shown
 from samjax.inversion import Terms
 from samjax.io import files, images
 from samjax.latents import LatentLayer
@@ -71,8 +71,8 @@ class Inversion:
 
     def __repr__(self) -> str:
         used = sorted(set(self.layers.values()), key=self.analysis.layers.index)
-        quality = f"LPIPS {self.metrics['LPIPS']:.3f}"
-        return f"<Inversion of {self.analysis.name} at threshold {self.threshold:g}: {quality}, {', '.join(used)}>"
+        found = ", ".join([f"LPIPS {self.metrics['LPIPS']:.3f}", *used])
+        return f"<Inversion of {escaped(self.analysis.name)} at threshold {self.threshold:g}: {found}>"
 
     @property
     def layers(self) -> dict[int, str]:
@@ -112,6 +112,7 @@ class Inversion:
                 "segment_names": self.analysis.segment_names,
                 "segments_from": self.analysis.segments_from,
                 "ws_from": self.analysis.ws_from,
+                "maps_from": self.analysis.maps_from,
                 "layers": self.analysis.layers,
                 "generator": self.generator,
                 "fingerprint": self.fingerprint,
@@ -136,6 +137,8 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
       UserError: the files are missing, damaged, or of another kind.
     """
+    if not isinstance(directory, str | Path):
+        raise UserError(f"give a directory written by Inversion.save, not {shown(directory)}")
     directory = Path(directory)
     path = directory / "inversion.json"
     try:
@@ -151,18 +154,21 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         config = _dataclass(InversionConfig, notes["config"])
         standard = _dataclass(InversionConfig, notes["category_config"])
+        category = _dataclass(Category, {**notes["category"], "config": standard})
         taken = {
-            **{name: str(notes[name]) for name in ("name", "segments_from", "generator", "fingerprint")},
-            "ws_from": str(notes.get("ws_from", notes["category"]["start"])),  # which 0.1 did not write
-            "layers": tuple(map(str, notes["layers"])),
-            "segment_names": {int(label): str(name) for label, name in notes["segment_names"].items()},
-            "forced": {int(label): str(layer) for label, layer in notes["forced"].items()},
+            **{name: _text(notes[name]) for name in ("name", "segments_from", "generator", "fingerprint")},
+            # 0.1 did not write where codes and maps came from.
+            "ws_from": _text(notes.get("ws_from", category.start)),
+            "maps_from": _text(notes.get("maps_from", category.invertibility)),
+            "layers": tuple(map(_text, notes["layers"])),
+            "segment_names": {int(label): _text(name) for label, name in notes["segment_names"].items()},
+            "forced": {int(label): _text(layer) for label, layer in notes["forced"].items()},
             "config": config,
-            "category": _dataclass(Category, {**notes["category"], "config": standard}),
-            "measure_steps": int(notes["measure_steps"]),
-            "threshold": float(notes["threshold"]),
-            "metrics": {str(name): math.inf if v is None else float(v) for name, v in notes["metrics"].items()},
-            "seconds": float(notes["seconds"]),
+            "category": category,
+            "measure_steps": dataclasses.replace(config, num_opt_steps=notes["measure_steps"]).num_opt_steps,
+            "threshold": check_threshold(notes["threshold"]),
+            "metrics": {name: math.inf if v is None else _number(v) for name, v in notes["metrics"].items()},
+            "seconds": _number(notes["seconds"]),
         }
         if taken["metrics"].keys() != {"MSE", "PSNR", "SSIM", "LPIPS"}:
             raise ValueError("its metrics are not those of an inversion")
@@ -171,59 +177,112 @@ def read(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return files.read_npz(directory / "inversion.npz"), taken
 
 
-def _dataclass(kind: type, values: Any) -> Any:
-    """A frozen dataclass from its JSON form: lists become tuples, and types must be those of the defaults."""
-    defaults = kind("", 256) if kind is Category else kind()
-    taken = {}
-    for name, value in values.items():
-        default = getattr(defaults, name)
-        value = tuple(value) if isinstance(value, list) else value
-        value = float(value) if isinstance(default, float) and type(value) is int else value
-        if default is not None and type(value) is not type(default):
-            raise TypeError(f"{name} is a {type(value).__name__}")
-        taken[name] = value
-    return kind(**taken)
+def _dataclass(kind: type, values: Mapping[str, Any]) -> Any:
+    """A frozen dataclass, which checks its values, from its JSON form, in which tuples are lists."""
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _steps(arrays: Mapping[str, np.ndarray], name: str) -> int:
-    """How many steps the loss terms called `name` have, at least 1."""
-    return max(arrays[name].shape[1], 1) if name in arrays and arrays[name].ndim > 1 else 1
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not text")
+    return value
 
 
-def _kinds(name: str) -> str:
-    return "iu" if name == "segments" else "f"
+def _number(value: Any) -> float:
+    if not is_finite(value):
+        raise ValueError(f"{shown(value)} is not a number")
+    return float(value)
+
+
+# --- arrays ---
 
 
 def check_arrays(
     arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, ...], target_size: tuple[int, int], where: Path
 ) -> None:
-    """Checks that saved arrays have the shapes of a generator's latent layers.
+    """Checks that the arrays of a saved inversion are those of a generator's latent layers.
 
     Raises:
-      UserError: some have other shapes or values that are not finite; the message names all of them.
+      UserError: some are missing, or have other shapes, types or values; the message names all of them.
     """
     count = len(layers)
-    expected: dict[str, tuple[int, ...]] = {
+    expected = {
+        "source": (*np.shape(arrays.get("source", 0))[:2], 3),
         "target": (*target_size, 3),
         "segments": target_size,
         "ws": layers[0].shape,
         "maps": (count, *target_size),
-        **{f"latent_{layer.name}": (1, *layer.shape) for layer in layers},
+        **_inversion_shapes(arrays, layers),
     }
     if any(name.startswith("single_") for name in arrays):
-        expected |= {f"single_latent_{layer.name}": (count, *layer.shape) for layer in layers}
-        expected["single_terms"] = (len(Terms._fields), _steps(arrays, "single_terms"), count)
-    expected["terms"] = (len(Terms._fields), _steps(arrays, "terms"))
-    numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiu"}
-    wrong = [name for name, shape in expected.items() if name not in numbers or numbers[name].shape != shape]
-    wrong += [
-        name for name in numbers if not np.isfinite(numbers[name]).all() and name not in ("terms", "single_terms")
-    ]
-    wrong += [name for name in expected if name in numbers and numbers[name].dtype.kind not in _kinds(name)]
-    source = numbers.get("source")
-    if source is None or source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3 or 0 in source.shape:
-        wrong.append("source")
-    if "target" in numbers and "target" not in wrong and np.abs(numbers["target"]).max() > 1.001:
-        wrong.append("target")
-    if wrong:
-        raise UserError(f"{where} does not fit this generator: {', '.join(dict.fromkeys(wrong))}")
+        singles = {name.removeprefix("single_"): array for name, array in arrays.items() if name.startswith("single_")}
+        expected |= {f"single_{name}": shape for name, shape in _single_shapes(singles, layers).items()}
+    if wrong := _wrong(arrays, expected):
+        raise UserError(f"{where} does not fit this generator: {', '.join(wrong)}")
+
+
+def check_kept(
+    arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, ...], target_size: tuple[int, int], path: Path
+) -> None:
+    """Checks the arrays of an inversion that a directory keeps.
+
+    Raises:
+      UserError: see `check_arrays`.
+    """
+    _check_kept(arrays, {"layer_map": target_size, "seconds": (), **_inversion_shapes(arrays, layers)}, path)
+
+
+def check_measured(
+    arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, ...], target_size: tuple[int, int], path: Path
+) -> None:
+    """Checks measured maps that a directory keeps, and the inversions that measured them.
+
+    Raises:
+      UserError: see `check_arrays`.
+    """
+    _check_kept(arrays, {"maps": (len(layers), *target_size), **_single_shapes(arrays, layers)}, path)
+
+
+def _check_kept(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    if wrong := _wrong(arrays, expected):
+        raise UserError(f"{path} is damaged ({', '.join(wrong)}): remove it, and it is made again")
+
+
+def _inversion_shapes(arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the latents and the loss terms of an inversion, of any number of steps."""
+    shapes = {f"latent_{layer.name}": (1, *layer.shape) for layer in layers}
+    return {**shapes, "terms": (len(Terms._fields), _steps(arrays))}
+
+
+def _single_shapes(arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the latents and the loss terms of the inversions in each layer alone, of any number of steps."""
+    count = len(layers)
+    shapes = {f"latent_{layer.name}": (count, *layer.shape) for layer in layers}
+    seconds = {"seconds": ()} if "seconds" in arrays else {}  # which 0.1 did not write
+    return {**shapes, "terms": (len(Terms._fields), _steps(arrays), count), **seconds}
+
+
+def _steps(arrays: Mapping[str, np.ndarray]) -> int:
+    """How many steps the loss terms have, at least 1."""
+    return max(arrays["terms"].shape[1], 1) if "terms" in arrays and arrays["terms"].ndim > 1 else 1
+
+
+def _wrong(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of arrays that are missing, not expected, or of other shapes, types or values than expected."""
+    wrong = [name for name in arrays if name not in expected]
+    return wrong + [name for name, shape in expected.items() if not _is_right(name, arrays.get(name), shape)]
+
+
+def _is_right(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> bool:
+    if array is None or array.shape != shape or 0 in shape:
+        return False
+    if name == "source":
+        return array.dtype == np.uint8
+    if name in ("segments", "layer_map"):
+        return array.dtype.kind in "iu" and -(2**31) <= int(array.min()) <= int(array.max()) < 2**31
+    if array.dtype.kind != "f":
+        return False
+    if name in ("terms", "single_terms"):  # a loss may grow beyond all bounds in a run that goes on
+        return True
+    most = 1.001 if name == "target" else float(np.finfo(np.float32).max)
+    return bool((np.abs(array) <= most).all())

@@ -86,9 +86,13 @@ def test_where_maps_and_start_come_from(options, start, maps):
         (Options(seed=-1), "--seed must lie between 0 and 4294967295"),
         (Options(edit_strengths=(1.0, float("nan"))), "--edit_strengths: a strength must be a finite number, not nan"),
         (Options(lr=-1.0), "lr cannot be -1.0: it is above 0"),
-        (Options(lr_rampdown_length=-3.0), "lr_rampdown_length cannot be -3.0: it is a fraction from 0 to 1"),
+        (Options(lr_rampdown_length=-3.0), "--lr_rampdown_length is a fraction of the run, from 0 to 1, not -3.0"),
         (Options(beta1=1.0), "beta1 cannot be 1.0: it is 0 or more, and below 1"),
-        (Options(lambda_mse=-2.0), "lambda_mse cannot be -2.0: it is 0 or more"),
+        (Options(lambda_mse=-2.0), "--lambda_mse cannot be -2.0: it is 0 or more"),
+        (Options(lr=10**400), "--lr must be a finite number, not an integer of 1329 bits"),
+        (Options(lr=1e300), "--lr must be a finite number"),  # in float32
+        (Options(edit_strengths=(10**400,)), "--edit_strengths: a strength must be a finite number"),
+        (Options(num_opt_steps=2**31), "--num_opt_steps must be at most 2147483647"),
     ],
 )
 def test_options_that_cannot_be_meant(options, message):
@@ -117,6 +121,27 @@ def test_options_that_cannot_be_meant(options, message):
 def test_options_of_other_types_are_refused_by_name(given, message):
     with pytest.raises(UserError, match=message):
         resolve_category(Options(**given))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "x"])
+def test_the_largest_batch_is_at_least_1(size):
+    with pytest.raises(UserError, match="max_batch_size must be at least 1"):
+        resolve(OWN, TINY, max_batch_size=size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": -3}, "resolution and target_size cannot be -3"),
+        ({"target_size": (64,)}, "resolution and target_size"),
+        ({"threshold": float("nan")}, "threshold and threshold_range"),
+        ({"threshold_range": (0.1,)}, "threshold and threshold_range"),
+        ({"segmenter": "bogus"}, "--segmenter must be"),
+    ],
+)
+def test_categories_that_cannot_be_meant(change, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        dataclasses.replace(CATEGORIES["demo"], **change)
 
 
 def test_options_may_be_numpys_scalars_and_text_for_paths():

@@ -283,3 +283,9 @@ def test_directions_of_one_name_in_several_files(tmp_path):
     np.save(tmp_path / "smile.npy", ONE)
     (tmp_path / "smile.pt").write_bytes(saved(torch.tensor(ALL)))
     assert list(directions.read_folder(tmp_path, 8, 8)) == ["smile", "smile_2"]
+
+
+def test_safetensors_with_a_header_that_would_fill_the_memory_are_refused(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes((9 * 2**20).to_bytes(8, "little") + b"{" + bytes(9 * 2**20))
+    with pytest.raises(UserError, match=r"a\.safetensors: its header has 9,437,184 bytes"):
+        directions.read(tmp_path / "a.safetensors", 10, 8)

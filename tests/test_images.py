@@ -444,11 +444,30 @@ def test_floats_become_the_nearest_levels(array: np.ndarray):
 
 
 ANY_DTYPE = hnp.scalar_dtypes() | hnp.datetime64_dtypes() | hnp.unicode_string_dtypes() | st.just(np.dtype(object))
+ODD = (
+    None,
+    True,
+    3,
+    2.5,
+    1j,
+    b"x",
+    bytearray(9),
+    memoryview(b"x"),
+    [],
+    [[1], [2, 3]],
+    {},
+    {1},
+    (),
+    ...,
+    object(),
+    len,
+    int,
+)
 ANY_SHAPE = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)
 
 
 @brief
-@given(hnp.arrays(ANY_DTYPE, ANY_SHAPE | SHAPES) | st.from_type(object) | st.text(max_size=3))
+@given(hnp.arrays(ANY_DTYPE, ANY_SHAPE | SHAPES) | st.sampled_from(ODD) | st.text(max_size=3))
 def test_anything_is_an_image_or_one_clear_line(value):
     try:
         made = images.as_image(value, notify=lambda _: None)
@@ -483,10 +502,10 @@ BASE = np.zeros((16, 16, 3), np.float32)
         (np.zeros((0, 16, 3), np.uint8), "is empty"),
         (np.zeros((7, 16, 3), np.uint8), "only 16 x 7 pixels"),
         (Image.new("RGB", (16, 7)), "only 16 x 7 pixels"),
-        (None, "is a NoneType, not a path, a PIL image"),
-        (3.5, "is a float, not a path"),
-        ([[1, 2], [3]], "is a list, not a path"),
-        (np.array([None]), "an array of object, not a path"),
+        (None, "has type NoneType: give a path, a PIL image"),
+        (3.5, "has type float: give a path"),
+        ([[1, 2], [3]], "has type list: give a path"),
+        (np.array([None]), "has values of type object: give a path"),
         ("nowhere.png", "nowhere.png does not exist"),
     ],
 )
@@ -612,6 +631,18 @@ def test_segments_are_resized_like_their_image(tmp_path: Path):
     colors = np.array([[0, 0, 0], [255, 0, 0]], np.uint8)[(LABELS > 2).astype(int)]
     path = save(Image.fromarray(colors), tmp_path / "b.png")
     assert set(np.unique(images.read_segments(path, 24, 24, (16, 24), mode="letterbox"))) == {-1, 0, 1}
+
+
+def test_label_arrays_have_the_rules_of_files():
+    many = np.arange(64 * 64).reshape(64, 64)
+    with pytest.raises(UserError, match="give one for each segment, at most 256"):
+        images.fit_labels(many, 64, 64)
+    with pytest.raises(UserError, match="do not look like labels"):
+        images.fit_labels(many % 200, 64, 64)  # few enough, but scattered
+    assert len(np.unique(images.fit_labels(many // 16, 64, 64, "letterbox"))) == 256
+    for label in (np.uint64(2**40), np.int64(-(2**31) - 1)):
+        with pytest.raises(UserError, match="integers of 32 bits"):
+            images.fit_labels(np.full((8, 8), label), 64, 64)
 
 
 def test_a_segment_file_of_another_size(tmp_path: Path):

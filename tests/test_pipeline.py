@@ -206,6 +206,7 @@ def test_saved_and_loaded_it_goes_on(sam, result, tmp_path):
     assert (loaded.layers, loaded.metrics, loaded.config) == (result.layers, result.metrics, result.config)
     assert (loaded.category, loaded.threshold, loaded.forced) == (result.category, result.threshold, result.forced)
     assert loaded.analysis.segment_names == {7: "car"}
+    assert report.describe(loaded).settings["error maps"] == loaded.analysis.maps_from == "given"
     # Another threshold: from its analysis. More steps: from its latents.
     assert sam.invert(loaded, threshold=0.2).layers[7] == "F6"
     more = sam.invert(loaded, num_opt_steps=2)
@@ -241,6 +242,10 @@ def saved(result, tmp_path):
         ({"config": {"num_opt_steps": "many"}}, "is damaged"),
         ({"config": {"chunk": 1}}, "is damaged"),
         ({"category": 3}, "is damaged"),
+        ({"metrics": {}}, "is damaged"),
+        ({"measure_steps": -3}, "is damaged"),
+        ({"threshold": 10**400}, "is damaged"),
+        ({"name": 3}, "is damaged"),
     ],
 )
 def test_saved_notes_of_something_else_are_an_error(sam, saved, change, message):
@@ -259,6 +264,15 @@ def test_saved_notes_of_something_else_are_an_error(sam, saved, change, message)
         ({"segments": np.zeros((64, 64))}, "does not fit this generator: segments"),
         ({"terms": np.zeros(3)}, "terms"),
         ({"source": np.zeros((8, 8, 3))}, "source"),
+        ({"source": np.zeros((0, 64, 3), np.uint8)}, "source"),
+        ({"source": np.zeros((8, 8, 1), np.uint8)}, "source"),
+        ({"target": np.full((64, 64, 3), 2.0)}, "target"),
+        ({"ws": np.zeros((10, 8), int)}, "ws"),
+        ({"segments": np.full((64, 64), 2**40)}, "segments"),
+        ({"terms": np.zeros((6, 0))}, "terms"),
+        ({"terms": np.zeros((3, 3))}, "terms"),
+        ({"single_latent_F4": np.zeros((3, 16, 16, 8))}, "single_terms"),
+        ({"latent_F8": np.zeros(3)}, "latent_F8"),
     ],
 )
 def test_saved_arrays_of_something_else_are_an_error(sam, saved, change, message):
@@ -290,6 +304,29 @@ def test_a_directory_keeps_what_is_done(network, image, labels, tmp_path):
     other = Pipeline(network, options=dataclasses.replace(QUICK, num_opt_steps=4, invertibility_steps=3))
     with pytest.raises(UserError, match=r"other settings \(num_opt_steps\)"):
         other.analyze(image, segments=labels, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("latents_T0.600.npz", {"terms": None}),
+        ("latents_T0.600.npz", {"seconds": None}),
+        ("latents_T0.600.npz", {"terms": np.zeros((3, 3))}),
+        ("latents_T0.600.npz", {"latent_F4": np.full((1, 16, 16, 8), np.nan)}),
+        ("measured.npz", {"maps": None}),
+        ("measured.npz", {"maps": np.zeros((2, 3))}),
+        ("measured.npz", {"terms": np.zeros((3, 3, 3))}),
+        ("measured.npz", {"seconds": np.zeros(3)}),
+    ],
+)
+def test_damaged_files_in_a_directory_are_named(sam, image, labels, maps, tmp_path, name, change):
+    measured = name.startswith("measured")
+    given = {"segments": labels, "directory": tmp_path, **({} if measured else {"maps": maps})}
+    sam.invert(sam.analyze(image, **given), threshold=0.6, directory=tmp_path)
+    arrays = {**files.read_npz(tmp_path / name), **change}
+    files.write_npz(tmp_path / name, {key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(UserError, match=rf"{name} is damaged \({next(iter(change))}\): remove it"):
+        sam.invert(sam.analyze(image, **given), threshold=0.6, directory=tmp_path)
 
 
 # --- wrong input ---
@@ -326,7 +363,11 @@ def test_wrong_images_segments_and_arrays_are_refused(sam, image, labels, maps, 
         ({"layers": {3: "F4"}}, "the image has no segment 3: its segments are 0, "),
         ({"layers": {"0": "F4"}}, "the image has no segment '0'"),
         ({"layers": ["F4"]}, "layers maps segments to layers"),
-        ({"threshold": "0.2"}, "the threshold must be a finite number, not '0.2'"),
+        ({"layers": {0: ["F4"]}}, "unknown latent layer \\['F4'\\]"),
+        ({"threshold": "0.2"}, "the threshold must be a finite number, 0 or more, not '0.2'"),
+        ({"threshold": -1}, "the threshold must be a finite number, 0 or more, not -1"),
+        ({"num_opt_steps": "3"}, "num_opt_steps must be an integer"),
+        ({"directory": 3}, "directory must be a path, not 3"),
         ({"num_opt_steps": 0}, "num_opt_steps must be at least 1"),
         ({"segments": np.zeros((64, 64), int)}, "segments can be given with an image only"),
     ],
@@ -354,7 +395,7 @@ def test_wrong_directions_are_refused(sam, result, direction, message):
         sam.edit(result, direction)
 
 
-def test_wrong_uses_are_refused_in_one_line(sam, analysis, result, image, tmp_path):
+def test_wrong_uses_are_refused_in_one_line(network, sam, analysis, result, image, tmp_path):
     other = dataclasses.replace(result, fingerprint="of another generator")
     (tmp_path / "photo.png").write_bytes(b"precious")
     for use, message in (
@@ -363,13 +404,34 @@ def test_wrong_uses_are_refused_in_one_line(sam, analysis, result, image, tmp_pa
         (lambda: sam.edit(other, "left"), "is by another generator"),
         (lambda: sam.invert(other), "is by another generator"),
         (lambda: sam.edit_sweep(result, strengths=[float("nan")]), "a strength must be a finite number"),
+        (lambda: sam.edit_sweep(result, strengths=2), "strengths must be a list of numbers, not 2"),
+        (lambda: sam.edit_sweep(result, names="left"), "names must be a list of directions, not 'left'"),
+        (lambda: sam.edit(result, {"left": 3e38, "right": 3e38}), "not finite: give smaller strengths"),
+        (lambda: sam.invert("not read yet.png", threshold="x"), "the threshold must be a finite number"),
+        (lambda: sam.sweep(analysis, 0.3), "thresholds must be a list of numbers, not 0.3"),
+        (lambda: sam.sweep(analysis, layers=["F4"]), "layers maps segments to layers"),
+        (lambda: sam.start_image(dataclasses.replace(analysis, fingerprint="other")), "is by another generator"),
+        (lambda: sam.invert(dataclasses.replace(analysis, fingerprint="other")), "is by another generator"),
+        (lambda: sam.single_layers(result), "give an analysis, as returned by analyze"),
+        (lambda: report.save(analysis, tmp_path / "report.html"), "give an inversion, as returned by Pipeline.invert"),
+        (lambda: report.save(result, tmp_path / "report.html", sweep=result), "sweep must be a list of inversions"),
+        (lambda: Pipeline(network, directions=["x"]), "directions must be a mapping of names to directions"),
+        (lambda: Pipeline(network, encoder="x"), "encoder must be a loaded encoder, not 'x'"),
+        (lambda: Pipeline(network, predictor=network), "predictor must be a loaded predictor"),
+        (lambda: Pipeline(network, segmenter="slic"), "segmenter must be a function"),
+        (lambda: Pipeline.from_pretrained("demo", steps=5), "steps cannot be given here"),
+        (lambda: sam.analyze(image, segment_names=[1]), "segment_names maps labels"),
         (lambda: sam.invert_batch(image), "takes a list of images"),
         (lambda: sam.invert_batch("photo.png"), "takes a list of images"),
         (lambda: sam.analyze(image, segments=np.full((64, 64), 2**40)), "integers of 32 bits"),
+        (lambda: sam.analyze(image, segments=np.full((80, 100), np.uint64(2**40))), "integers of 32 bits"),
+        (lambda: sam.analyze(image, segments=np.zeros((0, 0), int)), "do not fit the image"),
+        (lambda: sam.analyze(image, segments=np.arange(4096).reshape(64, 64)), "at most 256"),
+        (lambda: sam.analyze(image, segments=[[1], [1, 2]]), "segments must be an array"),
         (lambda: sam.analyze(image, segment_names={"a": "b"}), "segment_names maps labels"),
         (lambda: sam.invert(analysis, directory=tmp_path / "photo.png"), "is a file: give a directory"),
         (lambda: sam.load(tmp_path / "photo.png"), "is a file: give a directory"),
-        (lambda: Pipeline.from_pretrained("Cars"), "the categories are cars, faces, cats, demo"),
+        (lambda: Pipeline.from_pretrained("Cars"), "choose from cars, faces, cats, demo"),
         (lambda: Pipeline.from_pretrained(["demo"]), "give the name of a category"),
         (lambda: Pipeline.from_options({"threshold": 3}), "samjax.config.Options"),
     ):

@@ -9,8 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from samjax.errors import UserError
-
-_MAX_HEADER = 8 * 2**20  # bytes; a thousand arrays take a tenth of 1 MB, and reading takes several times as much
+from samjax.io import values
 
 
 class Array:
@@ -45,9 +44,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
       UserError: if the file is damaged or incomplete.
     """
     try:
-        with path.open("rb") as start:
-            if (size := int.from_bytes(start.read(8), "little")) > _MAX_HEADER:
-                raise UserError(f"its header has {size:,} bytes: not a safetensors file of a network, or damaged")
+        values.check_safetensors(path)
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}

@@ -27,10 +27,10 @@ class Arguments(Options):
 
 
 def main(args: Arguments) -> None:
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs Gradio: pip install '.[app]'")
     if args.port is not None and not 0 < args.port < 2**16:
         raise UserError(f"--port must lie between 1 and 65535, not {args.port}")
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs Gradio: pip install '.[app]'")
     import page
 
     pipeline = Pipeline.from_options(

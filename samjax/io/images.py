@@ -426,12 +426,12 @@ def as_image(image: str | Path | Image.Image | ArrayLike, *, notify: Notify = _w
     try:
         array: NDArray[Any] = np.asarray(image)
     except Exception as error:  # ragged lists, and objects with conversions of their own
-        raise UserError(f"the image is a {type(image).__name__}, not {_ACCEPTED}") from error
+        raise UserError(f"the image has type {type(image).__name__}: give {_ACCEPTED}") from error
     if array.dtype.name == "bfloat16":
         array = np.asarray(array, np.float32)
     if array.dtype.kind not in "biufc" or array.ndim == 0:
-        what = f"an array of {array.dtype}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
-        raise UserError(f"the image is {what}, not {_ACCEPTED}")
+        what = f"values of type {array.dtype}" if isinstance(image, np.ndarray) else f"type {type(image).__name__}"
+        raise UserError(f"the image has {what}: give {_ACCEPTED}")
     _check_array(array)
     if array.dtype == np.uint8:
         return np.array(array, np.uint8, order="C")
@@ -566,9 +566,18 @@ def fit_labels(labels: NDArray[np.integer], height: int, width: int, mode: Fit =
 
     Returns:
       int32 [height, width]; -1 in the bars of a letterbox.
+
+    Raises:
+      UserError: there are no labels, or some beyond int32; or there are as many, or as scattered, as no segments are,
+        by the rule of `read_segments`.
     """
-    image = Image.fromarray(np.asarray(labels, np.int32))
-    return np.array(_resize(image, height, width, mode, Image.Resampling.NEAREST, -1))
+    limits = np.iinfo(np.int32)
+    if labels.size == 0 or not limits.min <= int(labels.min()) <= int(labels.max()) <= limits.max:
+        raise UserError("segments must have labels that are integers of 32 bits")
+    fitted = _fit_labels(Image.fromarray(np.asarray(labels, np.int32)), height, width, mode, -1)
+    if fitted is None:
+        raise UserError(f"segments do not look like labels: give one for each segment, at most {MAX_LABELS}")
+    return fitted
 
 
 def to_gray(image: Uint8) -> Uint8:
@@ -751,18 +760,25 @@ def read_segments(
         check_segments_size(path, (rows, columns), image_size)
         _load(image)
         turn = _orientation(image)
-        upright = image if turn is None else image.transpose(turn)
-        # Bars are added to the labels: black bars could match one of the colors.
-        top, left, rows, columns = (0, 0, height, width)
-        if mode == "letterbox":
-            top, left, rows, columns = content_box(image_size, height, width)
-        placing: Fit = "crop" if mode == "crop" else "stretch"
-        labels = _labels_of(_resize(upright, rows, columns, placing, Image.Resampling.NEAREST, None))
-    if labels is None or _is_not_labels(labels):
+        labels = _fit_labels(image if turn is None else image.transpose(turn), height, width, mode, fill)
+    if labels is None:
         raise UserError(
             f"{path} does not look like labels (a photo, or edges blurred by JPEG?): give a PNG with one label "
             f"or one flat color for each segment, at most {MAX_LABELS}"
         )
+    return labels
+
+
+def _fit_labels(image: Image.Image, height: int, width: int, mode: Fit, fill: int) -> NDArray[np.int32] | None:
+    """The labels of an image [h, w], placed as `fit` places its image; None if they do not look like labels."""
+    # Bars are added to the labels: black bars could match one of the colors.
+    top, left, rows, columns = (0, 0, height, width)
+    if mode == "letterbox":
+        top, left, rows, columns = content_box((image.height, image.width), height, width)
+    placing: Fit = "crop" if mode == "crop" else "stretch"
+    labels = _labels_of(_resize(image, rows, columns, placing, Image.Resampling.NEAREST, None))
+    if labels is None or _is_not_labels(labels):
+        return None
     framed = np.full((height, width), fill, np.int32)
     framed[top : top + rows, left : left + columns] = labels
     return framed

@@ -21,6 +21,10 @@ from samjax.io.torch_files import Tensor
 SUFFIXES = (".npy", ".npz", ".safetensors", ".pt", ".pth", ".pkl")
 """Suffixes of the files that are read, in lower case."""
 
+# Bytes of a safetensors file's header. That of a thousand arrays takes a tenth of 1 MB, and reading it several times
+# as much.
+_MAX_HEADER = 8 * 2**20
+
 
 def listed(suffixes: Sequence[str] = SUFFIXES) -> str:
     """Suffixes as a phrase: ".npy, .npz or .pt"."""
@@ -135,9 +139,22 @@ def _format(data: memoryview, suffix: str) -> str:
     return suffix
 
 
+def check_safetensors(path: Path) -> None:
+    """Checks the length of a safetensors file's header, before the library reads it.
+
+    Raises:
+      UserError: it is longer than that of any network, and would take much memory.
+      OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        if (size := int.from_bytes(file.read(8), "little")) > _MAX_HEADER:
+            raise UserError(f"its header has {size:,} bytes: not a safetensors file of a network, or damaged")
+
+
 def _safetensors(path: Path, _: memoryview) -> dict[str, np.ndarray]:
     import safetensors
 
+    check_safetensors(path)
     with safetensors.safe_open(path, framework="np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
 

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from samjax.errors import UserError, shown
 from samjax.io import files
 from samjax.report.content import (
     LAYER_MEANINGS,
@@ -62,6 +63,12 @@ def save(
       sweep: inversions of the same image at other thresholds, as `Pipeline.sweep` returns them.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: an argument is something else, or the file cannot be written.
     """
+    if not isinstance(inversion, Inversion):
+        raise UserError(f"give an inversion, as returned by Pipeline.invert, not {shown(inversion)}")
+    if not isinstance(edits, Mapping | None):
+        raise UserError(f"edits must be those that Pipeline.edit_sweep returns, not {shown(edits)}")
+    if not isinstance(sweep, Sequence) or not all(isinstance(one, Inversion) for one in sweep):
+        raise UserError(f"sweep must be a list of inversions, as returned by Pipeline.sweep, not {shown(sweep)}")
     files.write_text(path, render_html(describe(inversion, edits=edits, sweep=sweep)))

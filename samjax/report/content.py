@@ -244,7 +244,7 @@ def _settings(inversion: Inversion) -> dict[str, Any]:
     return {
         "generator": inversion.generator,
         "steps": inversion.config.num_opt_steps,
-        "error maps": f"measured in {inversion.measure_steps} steps" if analysis.singles else "predicted",
+        "error maps": f"measured in {inversion.measure_steps} steps" if analysis.singles else analysis.maps_from,
         "W+ starts at": "a given code" if analysis.ws_from == "given" else analysis.ws_from,
         "segments": analysis.segments_from,
         "LPIPS of the loss": inversion.config.lpips_type,

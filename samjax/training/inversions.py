@@ -17,7 +17,7 @@ from samjax import driver, losses
 from samjax.config import CategoryName, Fit, InversionConfig, Options, Precision, Preset, Start, resolve
 from samjax.errors import UserError
 from samjax.inversion import Items
-from samjax.io import files, images
+from samjax.io import files, images, provenance
 from samjax.latents import init_latents, single_layer_masks
 from samjax.pipeline import Pipeline
 
@@ -116,7 +116,8 @@ def invert_directory(
     Writes LAYER/NAME/final/input.png and reconstruction.png to `options.output_path`, the layout of the authors' data.
     Images and layers are items of the same batches, which are divided over all devices of this process. If there are
     several processes, each inverts its share of the images. Finished inversions are skipped, so an interrupted run is
-    resumed by calling the function again. Images that cannot be read, or whose loss diverges, are skipped too.
+    resumed by calling the function again, with the same settings; images and layers may be added. Images that cannot be
+    read, or whose loss diverges, are skipped too.
 
     Args:
       options: what to invert, and how.
@@ -126,12 +127,14 @@ def invert_directory(
       The images of this process, and those among them that failed.
 
     Raises:
-      UserError: bad options, there are no images, or results cannot be written.
+      UserError: bad options, there are no images, results cannot be written, or those in the directory are of other
+        settings.
     """
     paths = images.list_images(options.image_folder, notify=print)
     pipeline = Pipeline.from_options(options.pipeline_options(), segments_given=True)
     config = _config(options, pipeline)
     open_output(options.output_path)
+    _check_settings(options, pipeline, config)
     share = tuple(paths[jax.process_index() :: jax.process_count()])
     remaining = {path: _unfinished(path, options.output_path, config.latent_names) for path in share}
     count, total = sum(map(len, remaining.values())), len(share) * len(config.latent_names)
@@ -158,6 +161,14 @@ def _config(options: DirectoryOptions, pipeline: Pipeline) -> InversionConfig:
     if options.preset or options.num_opt_steps:
         return settings.config
     return dataclasses.replace(settings.config, num_opt_steps=min(settings.config.num_opt_steps, 501))
+
+
+def _check_settings(options: DirectoryOptions, pipeline: Pipeline, config: InversionConfig) -> None:
+    """Checks that the inversions in the output directory, if there are any, were made with the same settings."""
+    unused = ("latent_names", "invertibility", "measure_steps", "predictor")
+    settings = {name: value for name, value in pipeline.settings.items() if name not in unused}
+    settings |= {"num_opt_steps": config.num_opt_steps, "fit": options.fit, "size": pipeline.category.target_size}
+    provenance.check_settings(options.output_path / "settings.json", settings, "--output_path")
 
 
 def _final(output: Path, layer: str, path: Path) -> Path:
