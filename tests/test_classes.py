@@ -71,6 +71,19 @@ def test_a_pipeline_notes_that_no_class_was_given(params, monkeypatch):
     assert np.isfinite(best).all()
 
 
+def test_results_of_another_class_are_not_resumed(params, monkeypatch, tmp_path):
+    monkeypatch.setattr("samjax.pipeline.weights.load_lpips", random_lpips)
+    first, other = (Pipeline(LoadedNetwork(CONFIG, params, {}), options=Options(class_idx=k)) for k in (0, 1))
+    size = (CONFIG.img_resolution, CONFIG.img_resolution)
+    image, labels = np.zeros((*size, 3), np.uint8), np.zeros(size, np.int32)
+    maps = np.zeros((len(first.layers), *size), np.float32)
+    first.analyze(image, segments=labels, maps=maps, directory=tmp_path)
+    (tmp_path / "measured.npz").touch()
+    first.analyze(image, segments=labels, maps=maps, directory=tmp_path)
+    with pytest.raises(UserError, match=r"holds results of other settings \(class_idx\)"):
+        other.analyze(image, segments=labels, maps=maps, directory=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "class_idx", "message"),
     [

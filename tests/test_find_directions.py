@@ -60,10 +60,8 @@ def test_a_file_a_direction_and_a_sheet(find):
         read = files.read(folder / f"{name}.safetensors", TINY.num_ws, TINY.w_dim)
         np.testing.assert_array_equal(read[name], directions.spread_over(found.vectors[i], TINY, (1, 3)))
         said = notes(folder / f"{name}.safetensors")
-        assert (
-            said.items()
-            >= {"name": name, "method": "ganspace", "layers": "1-2", "generator": "tiny.safetensors"}.items()
-        )
+        stated = {"name": name, "method": "ganspace", "layers": "1-2", "generator": "tiny.safetensors"}
+        assert said.items() >= {**stated, "class_idx": None}.items()
         assert said["value"] == pytest.approx(found.values[i])
         assert 0 < said["typical_strength"] <= 8
     with Image.open(folder / "ganspace.png") as sheet:

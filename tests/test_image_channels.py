@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import evaluate
 import find_directions
 import generate
 import invert
+import invert_folder
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_encoder
 from PIL import Image
 
 from ckpt_convert import convert
 from samjax import Pipeline
+from samjax.config import Options
 from samjax.errors import UserError
 from samjax.io import checkpoints
 from samjax.nets import stylegan2
@@ -37,13 +42,23 @@ def test_images_are_drawn_as_the_reference_draws_them(name, mode, tmp_path):
         assert image.mode == mode
 
 
+def test_images_that_no_png_holds_are_drawn_as_an_array(tmp_path, capsys):
+    config, out = dataclasses.replace(TINY, img_channels=5), tmp_path / "out"
+    checkpoints.save_safetensors(tmp_path / "five.safetensors", config, tiny_generator(config))
+    generate.main(generate.Arguments(out, tmp_path / "five.safetensors", seeds="0-1"))
+    assert [path.name for path in out.iterdir()] == ["images.npy"]
+    assert np.load(out / "images.npy").shape == (2, TINY.img_resolution, TINY.img_resolution, 5)
+    assert "5 channels are neither gray, RGB nor RGBA: only images.npy is written" in capsys.readouterr().err
+
+
 def test_a_gray_generator_as_rgb_draws_three_equal_channels():
     params = tiny_generator(GRAY)
     config, made = stylegan2.as_rgb(GRAY, params)
     assert config == TINY
     assert checkpoints.parameter_shapes(TINY) == {k: v.shape for k, v in checkpoints.flatten(made).items()}
     ws = jnp.asarray(np.random.default_rng(0).standard_normal((1, TINY.num_ws, TINY.w_dim), np.float32))
-    gray, rgb = (stylegan2.synthesize(c, p, ws).image for c, p in ((GRAY, params), (config, made)))
+    synthesize = jax.jit(stylegan2.synthesize, static_argnums=0)
+    gray, rgb = (synthesize(c, p, ws).image for c, p in ((GRAY, params), (config, made)))
     np.testing.assert_allclose(rgb, np.repeat(gray, 3, -1), rtol=0, atol=1e-6)  # sums in another order
     assert stylegan2.as_rgb(TINY, made)[1] is made
 
@@ -51,18 +66,19 @@ def test_a_gray_generator_as_rgb_draws_three_equal_channels():
 def test_a_gray_generator_inverts_and_edits_in_gray(monkeypatch):
     monkeypatch.setattr("samjax.pipeline.weights.load_lpips", random_lpips)
     generator = checkpoints.LoadedNetwork(GRAY, tiny_generator(GRAY), {})
-    from samjax.config import Options
-
     notes: list[str] = []
-    options = Options(segmenter="slic", num_opt_steps=2, invertibility_steps=1)
+    options = Options(segmenter="slic", lpips_type="alex", num_opt_steps=2)
     sam = Pipeline(generator, options=options, notify=notes.append)
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    result = sam.invert(image)
-    assert any("in gray" in note for note in notes)
-    for made in (result.reconstruction, sam.edit(result, np.ones((TINY.num_ws, TINY.w_dim)), 2.0)):
-        channels = np.asarray(made)
-        assert channels.ndim == 2 or (np.ptp(channels, axis=-1) == 0).all()
-    assert (np.ptp(result.analysis.target, axis=-1) == 0).all()
+    known = sam.analyze(image, maps=np.zeros((len(sam.layers), *sam.category.target_size), np.float32))
+    assert notes == ["the image is inverted in gray, as the generator draws it"]
+    luminance = image @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(known.source[..., 0], luminance, rtol=0, atol=1)  # rounding to a level
+    result = sam.invert(known)
+    edited = sam.edit(result, np.ones((TINY.num_ws, TINY.w_dim)), 2.0)
+    for made in (known.source, known.target, np.asarray(result.reconstruction), np.asarray(edited)):
+        assert made.shape[-1] == 3
+        assert (np.ptp(made, axis=-1) == 0).all()
 
 
 def test_what_is_neither_rgb_nor_gray_is_refused_before_any_work(tmp_path):
@@ -74,8 +90,13 @@ def test_what_is_neither_rgb_nor_gray_is_refused_before_any_work(tmp_path):
         Pipeline(checkpoints.load_generator(tmp_path / "converted"))
     sample = ROOT / "samjax" / "demo" / "samples" / "scene0.png"
     generator, out = tmp_path / "converted", tmp_path / "out"
-    inverting = invert.Arguments(gan_weights=generator, image_path=sample, output_path=out)
-    for program, arguments in ((invert, inverting), (find_directions, find_directions.Arguments(out, generator))):
+    for program, arguments in (
+        (invert, invert.Arguments(gan_weights=generator, image_path=sample, output_path=out)),
+        (evaluate, evaluate.Arguments(gan_weights=generator, images=sample.parent, output_path=out)),
+        (invert_folder, invert_folder.Arguments(gan_weights=generator, image_folder=sample.parent, output_path=out)),
+        (train_encoder, train_encoder.Arguments(gan_weights=generator, output_folder=out)),
+        (find_directions, find_directions.Arguments(out, generator)),
+    ):
         with pytest.raises(UserError, match=message):
             program.main(arguments)
         assert not out.exists()

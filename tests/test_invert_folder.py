@@ -78,6 +78,13 @@ def test_finished_inversions_are_skipped_and_others_come_out_the_same(inputs, fi
             assert data == again[name], name
 
 
+def test_inversions_of_other_settings_are_not_resumed(inputs, finished):
+    for changes, names in (({"num_opt_steps": 4}, "num_opt_steps"), ({"fit": "crop"}, "fit")):
+        with pytest.raises(UserError, match=rf"results of other settings \({names}\): choose another --output_path"):
+            program.main(arguments(inputs, finished, **changes))
+    program.main(arguments(inputs, finished, latent_names="W+,F4", batch_size=4))  # nothing is left to do
+
+
 def test_a_bad_image_is_skipped_and_reported(inputs, tmp_path, capsys):
     directory = tmp_path / "images"
     directory.mkdir()
