@@ -109,8 +109,7 @@ def unpack(path: Path, data: memoryview) -> Unpacked:
     for start, what in _OTHERS.items():
         if data[: len(start)] == start:
             raise UserError(f"it is {what}, not a checkpoint")
-    # Pickle protocols from 2 on; none of the programs used an older one.
-    if data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if pickles.looks_like(data):
         allowed = {**nvidia.names(), **tensorflow.names()}
         held = pickles.load(View(data), allowed, encoding="latin1", size=len(data), unknown="inert", met=unknown)
         return Unpacked("pickle", held, sorted(unknown))
@@ -253,7 +252,8 @@ def _generator(files: Sequence[Unpacked], size: int) -> _Found:
     return _Found(config, params, [*notes, *assumed], found.format, _LICENCES.get(found.naming, _LICENCES["samjax"]))
 
 
-def _mean_style(config: StyleGAN2Config, params: Mapping[str, np.ndarray], samples: int = 16384) -> np.ndarray:
+def _mean_style(config: StyleGAN2Config, params: Mapping[str, np.ndarray]) -> np.ndarray:
+    samples = stylegan2_tables.MEAN_SAMPLES
     mapping = {name: jnp.asarray(a, jnp.float32) for name, a in params.items() if name.startswith("mapping/")}
     nested = checkpoints.unflatten(mapping)
     width = max(config.z_dim, config.w_dim, config.mapping_dim or 0, config.embed_dim or 0, config.c_dim)

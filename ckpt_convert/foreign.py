@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ckpt_convert import stylegan2
-from ckpt_convert.stylegan2 import CHANNELS, FIRST_CONST, FIRST_CONV, MAP, PLUS_ONE, SCALAR, Naming
+from ckpt_convert.stylegan2 import FIRST_CONST, MAP, PLUS_ONE, Naming, blur_filters, layer_index, rows_in_lists
 from ckpt_convert.tables import CONV, DENSE, SAME, Layout, Row
 from samjax.nets.stylegan2 import StyleGAN2Config
 
@@ -26,34 +26,9 @@ FLIPPED = Layout(lambda a: CONV.ours(a)[::-1, ::-1], lambda a: CONV.theirs(a[::-
 # --- names ---
 
 
-def _level(resolution: str) -> int:
-    return int(resolution).bit_length() - 3  # 0 at 4 px
-
-
-def _index(resolution: str, layer: str) -> int:
-    """Number of a convolution, counted from 0 at 4 px; that of its block for ToRGB."""
-    level = _level(resolution)
-    return level if layer == "torgb" else 2 * level - 1 + int(layer[-1])
-
-
-def _in_lists(resolution: str, layer: str, convs: str = "") -> str:
-    """Name of a layer where those at 4 px stand alone and the others are in lists, as in rosinality's network."""
-    index = _index(resolution, layer)
-    if layer == "torgb":
-        return f"to_rgbs.{index - 1}" if index else "to_rgb1"
-    return f"{convs}convs.{index - 1}" if index else f"{convs}conv1"
-
-
 def _numbered(resolution: str, layer: str) -> str:
     """Name of a layer where all are numbered, as in GenForce's network."""
-    return f"synthesis.{'output' if layer == 'torgb' else 'layer'}{_index(resolution, layer)}"
-
-
-def _blurs(config: StyleGAN2Config) -> dict[str, float]:
-    levels = range(len(config.block_resolutions) - 1)
-    return {f"convs.{2 * i}.conv.blur.kernel": 4.0 for i in levels} | {
-        f"to_rgbs.{i}.upsample.kernel": 4.0 for i in levels
-    }
+    return f"synthesis.{'output' if layer == 'torgb' else 'layer'}{layer_index(resolution, layer)}"
 
 
 def _hammer_filters(config: StyleGAN2Config) -> dict[str, float]:
@@ -64,51 +39,34 @@ def _hammer_filters(config: StyleGAN2Config) -> dict[str, float]:
 _BLOCK = r"synthesis/b(\d+)"
 
 MMGENERATION = Naming(
-    rows=(
-        Row(r"mapping/w_avg", lambda: "w_avg", SAME),  # MMagic's, if it averages styles
-        Row(r"mapping/fc(\d+)/weight", lambda i: f"style_mapping.{int(i) + 1}.linear.weight_orig", DENSE),
-        Row(r"mapping/fc(\d+)/bias", lambda i: f"style_mapping.{int(i) + 1}.bias", SAME),
-        Row(_BLOCK + r"/const", lambda r: "constant_input.input", FIRST_CONST),
-        Row(_BLOCK + r"/(\w+)/noise_const", lambda r, k: f"injected_noise_{_index(r, k)}", MAP),
-        Row(_BLOCK + r"/(\w+)/noise_strength", lambda r, k: f"{_in_lists(r, k)}.noise_injector.weight", SCALAR),
-        Row(
-            _BLOCK + r"/(\w+)/affine/weight",
-            lambda r, k: f"{_in_lists(r, k)}.conv.style_modulation.linear.weight_orig",
-            DENSE,
-        ),
-        Row(_BLOCK + r"/(\w+)/affine/bias", lambda r, k: f"{_in_lists(r, k)}.conv.style_modulation.bias", SAME),
-        Row(_BLOCK + r"/(\w+)/weight", lambda r, k: f"{_in_lists(r, k)}.conv.weight_orig", FIRST_CONV),
-        Row(_BLOCK + r"/(torgb)/bias", lambda r, k: f"{_in_lists(r, k)}.bias", CHANNELS),
-        Row(_BLOCK + r"/(\w+)/bias", lambda r, k: f"{_in_lists(r, k)}.activate.bias", SAME),
+    rows=rows_in_lists(
+        w_avg="w_avg",  # MMagic's, if it averages styles
+        dense="style_mapping.{}", const="constant_input.input", noise="injected_noise_{}",
+        strength="noise_injector.weight", conv="conv", modulation="style_modulation",
+        dense_weight="linear.weight_orig", conv_weight="weight_orig",
     ),
-    filters=_blurs,
+    filters=blur_filters,
     marker="constant_input.input",
-)
+    format="MMGeneration checkpoint",
+    note=(
+        "generators that MMGeneration trained itself may draw blue, green, red, in this order; those that it converted"
+        " draw red, green, blue; the file does not state which"
+    ),
+)  # fmt: skip
 
 BASICSR = Naming(
-    rows=(
-        Row(r"mapping/w_avg", lambda: "w_avg", SAME),  # never stored
-        Row(r"mapping/fc(\d+)/weight", lambda i: f"style_mlp.{int(i) + 1}.weight", DENSE),
-        Row(r"mapping/fc(\d+)/bias", lambda i: f"style_mlp.{int(i) + 1}.bias", SAME),
-        Row(_BLOCK + r"/const", lambda r: "constant_input.weight", FIRST_CONST),
-        Row(_BLOCK + r"/(\w+)/noise_const", lambda r, k: f"noises.noise{_index(r, k)}", MAP),
-        Row(_BLOCK + r"/(\w+)/noise_strength", lambda r, k: f"{_in_lists(r, k, 'style_')}.weight", SCALAR),
-        Row(
-            _BLOCK + r"/(\w+)/affine/weight",
-            lambda r, k: f"{_in_lists(r, k, 'style_')}.modulated_conv.modulation.weight",
-            DENSE,
-        ),
-        Row(
-            _BLOCK + r"/(\w+)/affine/bias",
-            lambda r, k: f"{_in_lists(r, k, 'style_')}.modulated_conv.modulation.bias",
-            SAME,
-        ),
-        Row(_BLOCK + r"/(\w+)/weight", lambda r, k: f"{_in_lists(r, k, 'style_')}.modulated_conv.weight", FIRST_CONV),
-        Row(_BLOCK + r"/(torgb)/bias", lambda r, k: f"{_in_lists(r, k)}.bias", CHANNELS),
-        Row(_BLOCK + r"/(\w+)/bias", lambda r, k: f"{_in_lists(r, k, 'style_')}.activate.bias", SAME),
+    rows=rows_in_lists(
+        w_avg="w_avg",  # never stored
+        dense="style_mlp.{}", const="constant_input.weight", noise="noises.noise{}", strength="weight",
+        conv="modulated_conv", modulation="modulation", prefix="style_",
     ),
     marker="style_conv1.activate.bias",
-)
+    format="BasicSR checkpoint",
+    note=(
+        "BasicSR's StyleGAN2GeneratorBilinear has the same names, but resamples bilinearly: a generator of that class"
+        " draws other images here"
+    ),
+)  # fmt: skip
 
 _NUMBERED_ROWS = (
     Row(r"mapping/fc(\d+)/weight", lambda i: f"mapping.dense{i}.weight", DENSE),
@@ -133,6 +91,7 @@ GENFORCE = Naming(
     # The resampling filters, [1, 1, 4, 4]. Its generator has no option for others.
     ignored=r"synthesis\.(layer\d+\.filter|upsample)\.kernel",
     marker="synthesis.upsample.kernel",
+    format="GenForce checkpoint",
 )
 
 HAMMER = Naming(
@@ -144,6 +103,8 @@ HAMMER = Naming(
     ),
     filters=_hammer_filters,
     marker="synthesis.filter",
+    format="Hammer checkpoint",
+    note="a state dict does not state conv_clamp: none is used, which matters for large values only",
 )
 
 NAMINGS: Mapping[str, Naming] = {
@@ -153,19 +114,6 @@ NAMINGS: Mapping[str, Naming] = {
     "hammer": HAMMER,
 }
 """Tables by program, for state dicts without prefixes such as "generator_ema." or "stylegan_decoder."."""
-
-NOTES: Mapping[str, str] = {
-    "mmgeneration": (
-        "generators that MMGeneration trained itself may draw blue, green, red, in this order; those that it converted"
-        " draw red, green, blue; the file does not state which"
-    ),
-    "basicsr": (
-        "BasicSR's StyleGAN2GeneratorBilinear has the same names, but resamples bilinearly: a generator of that class"
-        " draws other images here"
-    ),
-    "hammer": "a state dict does not state conv_clamp: none is used, which matters for large values only",
-}
-"""What the state dict of a program leaves open, for users of the converted generator."""
 
 
 # --- other networks ---

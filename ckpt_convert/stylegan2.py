@@ -41,12 +41,16 @@ class Naming:
         architecture, so they are checked and not converted.
       ignored: pattern of names that inference does not use.
       marker: a name that every generator of the program has, and nothing else; "" if its files are found otherwise.
+      format: what a state dict with these names is called.
+      note: what such a state dict leaves open, for users of the converted generator.
     """
 
     rows: tuple[Row, ...]
     filters: Callable[[StyleGAN2Config], dict[str, float]] = lambda _: {}
     ignored: str = ""
     marker: str = ""
+    format: str = ""
+    note: str = ""
 
     def find(self, path: str) -> tuple[str, Layout]:
         """Name and layout in the other program of samjax's parameter `path`; see `tables.find`."""
@@ -57,8 +61,10 @@ def _same_name(path: str) -> str:
     return path.replace("/", ".")
 
 
-def _level(resolution: str) -> int:
-    return int(resolution).bit_length() - 3  # 0 at 4 px
+def layer_index(resolution: str, layer: str) -> int:
+    """Number of a convolution, counted from 0 at 4 px; that of its block for ToRGB."""
+    level = int(resolution).bit_length() - 3  # 0 at 4 px
+    return level if layer == "torgb" else 2 * level - 1 + int(layer[-1])
 
 
 def _nvidia_filters(config: StyleGAN2Config) -> dict[str, float]:
@@ -79,6 +85,7 @@ NVIDIA = Naming(
     ),
     filters=_nvidia_filters,
     marker="synthesis.b4.const",
+    format="a state dict with NVIDIA's names",
 )
 
 
@@ -94,8 +101,7 @@ TENSORFLOW = Naming(
         Row(r"mapping/label_matrix", lambda: "mapping/LabelConcat/weight", SAME),
         Row(r"mapping/fc(\d+)/(\w+)", lambda i, part: f"mapping/Dense{i}/{part}", SAME),
         Row(r"synthesis/b4/const", lambda: "synthesis/4x4/Const/const", FIRST_CONST),
-        Row(r"synthesis/b(\d+)/conv0/noise_const", lambda r: f"synthesis/noise{2 * _level(r) - 1}", MAP),
-        Row(r"synthesis/b(\d+)/conv1/noise_const", lambda r: f"synthesis/noise{2 * _level(r)}", MAP),
+        Row(r"synthesis/b(\d+)/(\w+)/noise_const", lambda r, k: f"synthesis/noise{layer_index(r, k)}", MAP),
         Row(r"synthesis/b(\d+)/(conv0)/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/weight", FLIPPED_CONV),
         Row(r"synthesis/b(\d+)/(\w+)/affine/weight", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_weight", SAME),
         Row(r"synthesis/b(\d+)/(\w+)/affine/bias", lambda r, k: f"{_tensorflow_layer(r, k)}/mod_bias", PLUS_ONE),
@@ -105,46 +111,80 @@ TENSORFLOW = Naming(
 )
 
 
-def _rosinality_layer(r: str, layer: str) -> str:
-    level = _level(r)
-    if layer == "torgb":
-        return f"to_rgbs.{level - 1}" if level else "to_rgb1"
-    return f"convs.{2 * level - 2 + int(layer[-1])}" if level else "conv1"
-
-
-def _rosinality_filters(config: StyleGAN2Config) -> dict[str, float]:
+def blur_filters(config: StyleGAN2Config) -> dict[str, float]:
+    """The filters in rosinality's files, and in those of programs that descend from its."""
     levels = range(len(config.block_resolutions) - 1)
     return {f"convs.{2 * i}.conv.blur.kernel": 4.0 for i in levels} | {
         f"to_rgbs.{i}.upsample.kernel": 4.0 for i in levels
     }
 
 
-ROSINALITY = Naming(
-    rows=(
-        Row(r"mapping/w_avg", lambda: "latent_avg", SAME),
-        Row(r"mapping/fc(\d+)/weight", lambda i: f"style.{int(i) + 1}.weight", DENSE),
-        Row(r"mapping/fc(\d+)/bias", lambda i: f"style.{int(i) + 1}.bias", SAME),
-        Row(r"synthesis/b4/const", lambda: "input.input", FIRST_CONST),
-        Row(r"synthesis/b(\d+)/conv0/noise_const", lambda r: f"noises.noise_{2 * _level(r) - 1}", MAP),
-        Row(r"synthesis/b(\d+)/conv1/noise_const", lambda r: f"noises.noise_{2 * _level(r)}", MAP),
-        Row(r"synthesis/b(\d+)/(\w+)/noise_strength", lambda r, k: f"{_rosinality_layer(r, k)}.noise.weight", SCALAR),
-        Row(
-            r"synthesis/b(\d+)/(\w+)/affine/weight",
-            lambda r, k: f"{_rosinality_layer(r, k)}.conv.modulation.weight",
-            DENSE,
-        ),
-        Row(
-            r"synthesis/b(\d+)/(\w+)/affine/bias", lambda r, k: f"{_rosinality_layer(r, k)}.conv.modulation.bias", SAME
-        ),
-        Row(r"synthesis/b(\d+)/(\w+)/weight", lambda r, k: f"{_rosinality_layer(r, k)}.conv.weight", FIRST_CONV),
-        Row(r"synthesis/b(\d+)/(torgb)/bias", lambda r, k: f"{_rosinality_layer(r, k)}.bias", CHANNELS),
-        Row(r"synthesis/b(\d+)/(\w+)/bias", lambda r, k: f"{_rosinality_layer(r, k)}.activate.bias", SAME),
-    ),
-    filters=_rosinality_filters,
-    marker="to_rgb1.conv.modulation.weight",
-)
+def rows_in_lists(
+    *,
+    w_avg: str,
+    dense: str,
+    const: str,
+    noise: str,
+    strength: str,
+    modulation: str,
+    conv: str,
+    dense_weight: str = "weight",
+    conv_weight: str = "weight",
+    prefix: str = "",
+) -> tuple[Row, ...]:
+    """Rows for networks in which the layers at 4 px stand alone and the others are in lists, as in rosinality's.
 
-OWN = Naming(rows=(Row(r"(.*)", lambda path: path, SAME),), marker="synthesis/b4/const")
+    Args:
+      w_avg: name of the mean style.
+      dense: name of a mapping layer, with its number, from 1, for {}.
+      const: name of the constant.
+      noise: name of stored noise, with the number of its convolution for {}.
+      strength: name of a noise strength within its layer.
+      modulation: name of the layer that maps styles, within its convolution.
+      conv: name of a convolution within its layer.
+      dense_weight: name of the weights of dense layers.
+      conv_weight: name of the weights of convolutions.
+      prefix: prefix of the names of the convolutions' layers.
+    """
+
+    def layer(resolution: str, name: str) -> str:
+        index = layer_index(resolution, name)
+        if name == "torgb":
+            return f"to_rgbs.{index - 1}" if index else "to_rgb1"
+        return f"{prefix}convs.{index - 1}" if index else f"{prefix}conv1"
+
+    def within(part: str) -> Callable[[str, str], str]:
+        return lambda resolution, name: f"{layer(resolution, name)}.{part}"
+
+    block = r"synthesis/b(\d+)/(\w+)"
+    return (
+        Row(r"mapping/w_avg", lambda: w_avg, SAME),
+        Row(r"mapping/fc(\d+)/weight", lambda i: f"{dense.format(int(i) + 1)}.{dense_weight}", DENSE),
+        Row(r"mapping/fc(\d+)/bias", lambda i: f"{dense.format(int(i) + 1)}.bias", SAME),
+        Row(r"synthesis/b4/const", lambda: const, FIRST_CONST),
+        Row(rf"{block}/noise_const", lambda r, k: noise.format(layer_index(r, k)), MAP),
+        Row(rf"{block}/noise_strength", within(strength), SCALAR),
+        Row(rf"{block}/affine/weight", within(f"{conv}.{modulation}.{dense_weight}"), DENSE),
+        Row(rf"{block}/affine/bias", within(f"{conv}.{modulation}.bias"), SAME),
+        Row(rf"{block}/weight", within(f"{conv}.{conv_weight}"), FIRST_CONV),
+        Row(r"synthesis/b(\d+)/(torgb)/bias", within("bias"), CHANNELS),
+        Row(rf"{block}/bias", within("activate.bias"), SAME),
+    )
+
+
+ROSINALITY = Naming(
+    rows=rows_in_lists(
+        w_avg="latent_avg", dense="style.{}", const="input.input", noise="noises.noise_{}", strength="noise.weight",
+        conv="conv", modulation="modulation",
+    ),
+    filters=blur_filters,
+    marker="to_rgb1.conv.modulation.weight",
+    format="rosinality checkpoint",
+)  # fmt: skip
+
+OWN = Naming(
+    rows=(Row(r"(.*)", lambda path: path, SAME),), marker="synthesis/b4/const", format="a file with samjax's names"
+)
 
 NAMINGS: Mapping[str, Naming] = {
     "nvidia": NVIDIA,
@@ -261,6 +301,9 @@ def _channel_rule(channels: Mapping[int, int], settings: Mapping[str, Any]) -> d
 NOISE_SEED = 0
 """Seed of the stored noise for files that have none."""
 
+MEAN_SAMPLES = 16_384
+"""Number of mapped z from which the mean style is estimated for files that have none."""
+
 
 def lacks(naming: Naming, stored: Mapping[str, Stored], path: str) -> bool:
     """Whether a file lacks samjax's parameter `path`."""
@@ -294,7 +337,7 @@ def complete(
     if lacks(naming, stored, "mapping/w_avg"):
         name, layout = naming.find("mapping/w_avg")
         held[name] = Loaded(layout.theirs(np.zeros(shapes["mapping/w_avg"], np.float32)))
-        notes.append(f"the file has no {name}: w_avg is the mean of 16,384 mapped samples")
+        notes.append(f"the file has no {name}: w_avg is the mean of {MEAN_SAMPLES:,} mapped samples")
     if not config.use_noise:
         notes.append("the generator was trained without noise")
         # Some programs store noise nevertheless.

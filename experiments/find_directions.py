@@ -115,10 +115,8 @@ def find(
 def main(args: Arguments) -> None:
     check(args)
     method: Method = args.method or ("supervised" if args.scores or args.scorer else "ganspace")
-    if args.generator is None:
-        generator = demo.load_generator()
-    else:
-        generator = checkpoints.load_generator(get.ready(args.generator, "generator", notify=cli.note))
+    path = demo.GENERATOR if args.generator is None else get.ready(args.generator, "generator", notify=cli.note)
+    generator = checkpoints.load_generator(path)
     most = min(generator.config.w_dim, args.samples - 1) if method == "ganspace" else generator.config.w_dim
     if method != "supervised" and args.count > most:
         raise UserError(f"--count {args.count}: {method} finds at most {most} directions here")

@@ -64,10 +64,8 @@ def check(args: Arguments) -> None:
 
 def main(args: Arguments) -> None:
     check(args)
-    if args.generator is None:
-        loaded = demo.load_generator()
-    else:
-        loaded = checkpoints.load_generator(get.ready(args.generator, "generator", notify=cli.note))
+    path = demo.GENERATOR if args.generator is None else get.ready(args.generator, "generator", notify=cli.note)
+    loaded = checkpoints.load_generator(path)
     config, channels = loaded.config, loaded.config.img_channels
     as_png = channels in (1, 3, 4)
     if not as_png:

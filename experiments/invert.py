@@ -23,7 +23,7 @@ from ckpt_convert import get
 from samjax import cli, demo, driver, report
 from samjax.config import Options
 from samjax.driver import OnProgress, Progress
-from samjax.errors import UserError
+from samjax.errors import UserError, check_least
 from samjax.io import files, images
 from samjax.pipeline import Pipeline
 
@@ -58,8 +58,7 @@ def main(args: Arguments) -> None:
             raise UserError("--image_path is missing: give the image to invert")
         path = demo.SAMPLES / "scene0.png"
         segments = segments or demo.SAMPLES / "scene0_segments.png"
-    if args.save_frequency < 1:
-        raise UserError(f"--save_frequency must be at least 1, not {args.save_frequency}")
+    check_least(args, {"save_frequency": 1})
     size = images.image_size(path)  # wrong files are found before the networks are loaded
     if segments is not None:
         images.check_segments_size(segments, images.image_size(segments), size)

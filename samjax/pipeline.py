@@ -125,7 +125,8 @@ class Pipeline:
         class_idx = self.options.class_idx
         if generator.config.c_dim and class_idx is None:
             classes = generator.config.c_dim
-            images.note(f"the generator has {classes} classes: its prior is that of all; class_idx chooses one", notify)
+            warn = notify or images.warn
+            warn(f"the generator has {classes} classes: its prior is that of all; class_idx chooses one")
         made_rgb = stylegan2.as_rgb(generator.config, generator.params)
         generator = LoadedNetwork(*made_rgb, generator.manifest)
         self.name = name or "custom"
@@ -515,9 +516,10 @@ class Pipeline:
         Raises:
           UserError: an image that cannot be used.
         """
-        source = images.as_image(image, notify=notify) if notify else images.as_image(image)
+        notify = notify or images.warn
+        source = images.as_image(image, notify=notify)
         if self.gray and not np.array_equal(source, gray := images.to_gray(source)):
-            images.note("the image is inverted in gray, as the generator draws it", notify)
+            notify("the image is inverted in gray, as the generator draws it")
             source = gray
         height, width = self.category.target_size
         return source, images.to_float(images.fit(source, height, width, self.options.fit))

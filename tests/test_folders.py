@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -57,9 +58,8 @@ def test_images_with_the_same_results(tmp_path):
 
 
 def test_heic(tmp_path):
-    heif = pytest.importorskip("pillow_heif")
     smooth = np.add.outer(np.arange(64), 2 * np.arange(48))[..., None] + np.zeros(3)
-    heif.from_pillow(Image.fromarray(smooth.astype(np.uint8))).save(tmp_path / "photo.HEIC", quality=95)
+    pillow_heif.from_pillow(Image.fromarray(smooth.astype(np.uint8))).save(tmp_path / "photo.HEIC", quality=95)
     (path,) = images.list_images(tmp_path)
     assert images.image_size(path) == (64, 48)
     error = np.abs(images.read_image(path).astype(int) - smooth)

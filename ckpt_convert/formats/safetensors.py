@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from samjax.errors import UserError
 from samjax.io import values
@@ -24,7 +24,7 @@ class Array:
 
     def array(self) -> np.ndarray:
         try:
-            with safe_open(self._path, framework="np") as file:
+            with values.open_safetensors(self._path) as file:
                 return file.get_tensor(self._name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._name[:80]} in the file cannot be read: damaged, or not whole?") from error
@@ -44,8 +44,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
       UserError: if the file is damaged or incomplete.
     """
     try:
-        values.check_safetensors(path)
-        with safe_open(path, framework="np") as file:
+        with values.open_safetensors(path) as file:
             names = list(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             metadata = dict(file.metadata() or {})

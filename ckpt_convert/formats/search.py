@@ -15,15 +15,6 @@ from samjax.io.arrays import Stored
 
 _MAX_DEPTH = 8  # of dictionaries in dictionaries; programs use three
 _AVERAGED = re.compile(r"(?<![a-z])(ema|avg|averaged?|smooth|shadow|Gs)(?![a-z])")
-_PROGRAMS = {
-    "nvidia": "a state dict with NVIDIA's names",
-    "rosinality": "rosinality checkpoint",
-    "samjax": "a file with samjax's names",
-    "mmgeneration": "MMGeneration checkpoint",
-    "basicsr": "BasicSR checkpoint",
-    "genforce": "GenForce checkpoint",
-    "hammer": "Hammer checkpoint",
-}
 NAMINGS = {**stylegan2.NAMINGS, **foreign.NAMINGS}
 """The tables of all programs, by the program."""
 
@@ -86,13 +77,13 @@ def _generators(held: Any) -> Iterator[_Found]:
 def _state_dict(
     state: Mapping[Any, Any], naming: str, prefix: str, outer: Sequence[Mapping[Any, Any]], where: str
 ) -> Checkpoint:
-    average = NAMINGS[naming].find("mapping/w_avg")[0]
-    what = f"{where or 'state dict'} of {_PROGRAMS[naming]}"
+    table = NAMINGS[naming]
+    average = table.find("mapping/w_avg")[0]
+    what = f"{where or 'state dict'} of {table.format}"
     checkpoint = state_dicts.checkpoint(state, naming, prefix, outer, what, average)
     if known := _refusal(checkpoint.arrays):  # relatives of StyleGAN2 have its names, among others
         raise UserError(known)
-    notes = (foreign.NOTES[naming],) if naming in foreign.NOTES else ()
-    return checkpoint._replace(notes=notes)
+    return checkpoint._replace(notes=(table.note,) if table.note else ())
 
 
 def _refusal(arrays: Mapping[str, Stored]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_convert.formats import safetensors
 from ckpt_convert.formats.checkpoint import Checkpoint, is_name
 from samjax.errors import UserError
 from samjax.io.arrays import Loaded, PickledArray, Stored
@@ -17,7 +18,7 @@ _AVERAGES = ("latent_avg", "mean_latent")  # the mean style, kept beside the sta
 
 def is_array(value: Any) -> bool:
     """Whether `value` is an array in a file."""
-    return isinstance(value, Tensor | PickledArray | Loaded) or (hasattr(value, "array") and hasattr(value, "shape"))
+    return isinstance(value, Tensor | PickledArray | Loaded | safetensors.Array)
 
 
 def places(state: Mapping[Any, Any], markers: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,7 @@ from flax import traverse_util
 from numpy.typing import DTypeLike
 
 from samjax.errors import UserError, shown
-from samjax.io import files
+from samjax.io import files, values
 from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
 
@@ -455,15 +455,15 @@ def to_device(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open_safetensors(path: str | Path) -> Iterator[Any]:
-    """Opens a file with safetensors' `safe_open`, and turns its errors into UserErrors."""
-    from safetensors import SafetensorError, safe_open
+    """`values.open_safetensors`, with all errors as UserErrors that name the file."""
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="np") as file:
+        with values.open_safetensors(path) as file:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a converted generator or a .safetensors file") from None
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (UserError, SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         if Path(path).suffix.lower() != ".safetensors":
             raise UserError(
                 f"{path} is not a converted network: give a directory or a .safetensors file of samjax, or the .pkl,"

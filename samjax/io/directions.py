@@ -274,8 +274,4 @@ def _is_numeric(array: np.ndarray) -> bool:
 
 
 def _finite(direction: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        direction = direction.astype(np.float32)
-    if not np.isfinite(direction).all():
-        raise UserError("holds values that are not finite; a direction needs numbers everywhere")
-    return direction
+    return values.finite(direction, "; a direction needs numbers everywhere")

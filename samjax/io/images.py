@@ -84,12 +84,8 @@ _QUARTER_TURNS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 _opening = threading.Lock()
 
 
-def note(line: str, notify: Notify | None) -> None:
-    """Passes a line for the user to `notify`; without one it is a warning."""
-    (notify or _warn)(line)
-
-
-def _warn(note: str) -> None:
+def warn(note: str) -> None:
+    """Issues a line for the user as a Python warning, where nobody is to be notified."""
     warnings.warn(note, UserWarning, stacklevel=3)
 
 
@@ -373,7 +369,7 @@ def _upright(image: Image.Image, name: str | Path) -> tuple[Uint8, list[str]]:
     return upright, [f"{name}: {note}" for note in sorted(notes)]
 
 
-def read_image(path: str | Path, *, notify: Notify = _warn) -> Uint8:
+def read_image(path: str | Path, *, notify: Notify = warn) -> Uint8:
     """Reads an image file as an image viewer shows it.
 
     The EXIF orientation is applied; 16-bit grays are scaled to 8 bits; CMYK and other color spaces are converted to
@@ -398,7 +394,7 @@ def read_image(path: str | Path, *, notify: Notify = _warn) -> Uint8:
     return pixels
 
 
-def as_image(image: str | Path | Image.Image | ArrayLike, *, notify: Notify = _warn) -> Uint8:
+def as_image(image: str | Path | Image.Image | ArrayLike, *, notify: Notify = warn) -> Uint8:
     """Converts anything that users may pass as an image to uint8 [H, W, 3].
 
     Args:
@@ -793,7 +789,7 @@ def _is_not_labels(labels: NDArray[np.int32]) -> bool:
     return count > _PHOTOGRAPH_LABELS and bool(edges > _PHOTOGRAPH_EDGES)
 
 
-def list_images(directory: Path, *, notify: Notify = _warn) -> list[Path]:
+def list_images(directory: Path, *, notify: Notify = warn) -> list[Path]:
     """The images of a directory that `read_image` reads, by their suffixes; hidden files are passed over.
 
     Args:

@@ -541,6 +541,11 @@ _OPERATIONS: Mapping[bytes, Callable[[_Machine], Any]] = {
 }
 
 
+def looks_like(data: bytes | memoryview) -> bool:
+    """Whether `data` starts like a pickle of the protocols from 2 on; no program that is read used an older one."""
+    return data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+
+
 def load(
     file: Source,
     allowed: Allowed,

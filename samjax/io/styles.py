@@ -78,7 +78,7 @@ def collect(value: Any, num_ws: int, w_dim: int, where: str | Path, name: str = 
             found += zip(numbered("_".join(keys) or name, len(codes)), codes, strict=True)
         if not found:
             raise UserError("holds no arrays of numbers, and so no codes in W or W+")
-        return {key: _finite(code) for key, code in named(found).items()}
+        return {key: values.finite(code) for key, code in named(found).items()}
 
 
 def choose(codes: Mapping[str, np.ndarray], image: str | Path, where: str | Path) -> np.ndarray:
@@ -173,14 +173,6 @@ def _checked(array: np.ndarray, num_ws: int, w_dim: int, name: str) -> np.ndarra
             f" (N, {num_ws}, {w_dim}) or ({num_ws}, {w_dim}) in W+, (N, 1, {w_dim}) or ({w_dim},) in W"
         )
     return codes
-
-
-def _finite(code: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        code = code.astype(np.float32)
-    if not np.isfinite(code).all():
-        raise UserError("holds values that are not finite")
-    return code
 
 
 def _pixels(num_ws: int) -> int:

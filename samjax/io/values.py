@@ -121,6 +121,15 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype == BFLOAT16
 
 
+def finite(array: np.ndarray, advice: str = "") -> np.ndarray:
+    """An array as float32. Raises UserError, with `advice`, if values are not finite, or too large for that."""
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"holds values that are not finite{advice}")
+    return array
+
+
 # --- formats ---
 
 
@@ -134,28 +143,31 @@ def _format(data: memoryview, suffix: str) -> str:
         return ".npz" if first.endswith(b".npy") or suffix == ".npz" else ".pt"
     if start.startswith(torch_files.LEGACY_START):
         return ".pt"
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if pickles.looks_like(start):
         return ".pkl"
     return suffix
 
 
-def check_safetensors(path: Path) -> None:
-    """Checks the length of a safetensors file's header, before the library reads it.
+@contextlib.contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """Opens a file with safetensors' `safe_open`, unless its header is longer than that of any network.
 
     Raises:
-      UserError: it is longer than that of any network, and would take much memory.
+      UserError: reading the header would take much memory.
       OSError: the file cannot be read.
+      SafetensorError: it is damaged, or of another format.
     """
-    with path.open("rb") as file:
+    import safetensors
+
+    with Path(path).open("rb") as file:
         if (size := int.from_bytes(file.read(8), "little")) > _MAX_HEADER:
             raise UserError(f"its header has {size:,} bytes: not a safetensors file of a network, or damaged")
+    with safetensors.safe_open(path, framework="np") as file:
+        yield file
 
 
 def _safetensors(path: Path, _: memoryview) -> dict[str, np.ndarray]:
-    import safetensors
-
-    check_safetensors(path)
-    with safetensors.safe_open(path, framework="np") as file:
+    with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
 
 
