@@ -108,7 +108,8 @@ def prepare(options: Options, *, segmenter: bool = True, notify: Notify = print)
     if segmenter and "segmenter" not in roles and category.segmenter not in CLASSICAL_SEGMENTERS:
         other = config.segmenter_category(category.segmenter)
         get(other, options.weights, roles=("segmenter",), fetch=False, notify=notify)
-    for name, network in (("e4e_path", "e4e"), ("inv_model_path", "invertibility")):
+    own = (("e4e_path", "e4e"), ("offsets_path", "offsets"), ("inv_model_path", "invertibility"))
+    for name, network in own:
         if (path := getattr(options, name)) is not None:
             options = dataclasses.replace(options, **{name: ready(path, network, notify=notify)})
     if options.edits_folder is None and category.official:

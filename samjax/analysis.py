@@ -23,7 +23,7 @@ from samjax.config import InversionConfig
 from samjax.driver import OnProgress
 from samjax.errors import escaped
 from samjax.inversion import Items, Networks, Terms, structure, target_features
-from samjax.latents import init_latents, latent_layers, single_layer_masks
+from samjax.latents import Latents, init_latents, latent_layers, single_layer_masks
 from samjax.nets import deeplab, e4e, lpips, stylegan2
 from samjax.nets.blocks import Variables
 from samjax.nets.deeplab import PredictorConfig
@@ -48,7 +48,8 @@ class Analysis:
       singles: the inversions in each layer alone by which the maps were measured: "latent_W+" [L, num_ws, w_dim],
         "latent_F4" [L, 16, 16, C], ..., "terms" [6, steps, L], the loss terms, and "seconds", the time of each;
         empty if the maps were predicted.
-      ws_from: "given", or how `ws` was found: "mean", "best" or "encoder".
+      ws_from: "given", or how `ws` was found: "mean", "best", "encoder", or "learned", with which an offset encoder
+        finds the start of all layers from the encoder's code.
       maps_from: "given", or how the maps were found: "measured" or "predicted".
       fingerprint: fingerprint of the generator for which the image was analyzed; empty if it is not known.
     """
@@ -120,7 +121,7 @@ def measure_maps(
     generator: StyleGAN2Config,
     networks: Networks,
     targets: ArrayLike,
-    ws: ArrayLike,
+    start: ArrayLike | Latents,
     config: InversionConfig,
     *,
     seed: int = 0,
@@ -137,7 +138,8 @@ def measure_maps(
       generator: sizes of the generator.
       networks: its parameters, those of LPIPS, and the prior.
       targets: [N, h, w, 3] in [-1, 1].
-      ws: [N, num_ws, w_dim], where W+ starts.
+      start: where latents start: [N, num_ws, w_dim] for W+, with offsets of zero; or {"W+": [N, L, num_ws, w_dim],
+        "F4": [N, L, 16, 16, C], ...}, those of each layer's inversion.
       config: settings; `num_opt_steps` is the length of each inversion (501 in the authors' training of their
         predictor; a few dozen already rank the layers).
       seed: seed of the noise.
@@ -158,10 +160,13 @@ def measure_maps(
     layers = latent_layers(generator, config.latent_names)
     count, each = len(targets), len(layers)
     repeated = np.repeat(targets, each, axis=0)  # [N * L, h, w, 3]
-    start = init_latents(layers, jnp.asarray(np.repeat(np.asarray(ws, np.float32), each, axis=0)))
+    if isinstance(start, Mapping):
+        begin = {name: np.concatenate(value) for name, value in start.items()}
+    else:
+        begin = init_latents(layers, jnp.asarray(np.repeat(np.asarray(start, np.float32), each, axis=0)))
     masks = {name: jnp.tile(mask, (count, 1, 1, 1)) for name, mask in single_layer_masks(layers).items()}
     seeds = np.repeat(np.arange(seed, seed + count), each)
-    items = Items(repeated, masks, start, seeds)
+    items = Items(repeated, masks, begin, seeds)
     latents, terms = driver.run(generator, networks, items, config, on_progress=on_progress)
 
     shared = {"precision": config.matmul_precision, "batch_size": config.batch_size}

@@ -21,7 +21,7 @@ CategoryName = Literal["demo", "cars", "faces", "cats", "custom"]
 Segmenter = Literal["felzenszwalb", "slic", "ade20k", "bisenet", "mask_rcnn"]
 CLASSICAL_SEGMENTERS = ("felzenszwalb", "slic")
 Invertibility = Literal["measured", "predicted"]
-Start = Literal["mean", "best", "encoder"]
+Start = Literal["mean", "best", "encoder", "learned"]
 Preset = Literal["reference", "fast"]
 Precision = Literal["highest", "high", "default", "bfloat16"]
 Fit = Literal["stretch", "letterbox", "crop"]
@@ -31,6 +31,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 _MOST = 2**31 - 1  # that a compiled program counts
 _RANGES = {
     "lr": "it is above 0",
+    "final_lr": "it is above 0",
     "beta1": "it is 0 or more, and below 1",
     "beta2": "it is 0 or more, and below 1",
 }
@@ -96,7 +97,10 @@ class InversionConfig:
     The first group changes numbers in a compiled program only; the second changes the program itself.
 
     Attributes:
-      num_opt_steps: Adam steps.
+      num_opt_steps: Adam steps; 0 for the start alone.
+      final_steps: how many of them, the last ones, use LPIPS-VGG whatever `lpips_type` is, at `final_lr` and with new
+        moments. AlexNet's features are quick to approach and blind to fine noise; a few steps with VGG remove it.
+      final_lr: learning rate at the first of these steps; it falls along half a cosine.
       lr: highest learning rate; see `samjax.losses.learning_rate` for the schedule.
       lr_rampdown_length, lr_rampup_length: fractions of the run in which the learning rate falls and rises.
       beta1, beta2: Adam's decay rates.
@@ -123,7 +127,9 @@ class InversionConfig:
     """
 
     num_opt_steps: int = 1001
+    final_steps: int = 0
     lr: float = 0.05
+    final_lr: float = 0.1
     lr_rampdown_length: float = 0.25
     lr_rampup_length: float = 0.05
     beta1: float = 0.9
@@ -144,15 +150,21 @@ class InversionConfig:
 
     def __post_init__(self) -> None:
         check_types(self, _hints(type(self)))
-        for name in ("num_opt_steps", "loss_resolution", "batch_size", "chunk_steps"):
+        for name in ("num_opt_steps", "final_steps", "loss_resolution", "batch_size", "chunk_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {shown(value)}")
+            least = 0 if name.endswith("_steps") and name != "chunk_steps" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {shown(value)}")
             if value is not None and value > _MOST:
                 raise ValueError(f"{name} must be at most {_MOST}, not {shown(value)}")
         if unknown := [name for name in self.latent_names if name not in LATENT_NAMES]:
             raise ValueError(f"latent_names cannot have {', '.join(map(repr, unknown))}: choose from {LATENT_NAMES}")
-        inside = {"lr": self.lr > 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1}
+        inside = {
+            "lr": self.lr > 0,
+            "final_lr": self.final_lr > 0,
+            "beta1": 0 <= self.beta1 < 1,
+            "beta2": 0 <= self.beta2 < 1,
+        }
         names = (field.name for field in dataclasses.fields(self) if field.name.startswith(("lambda_", "lr_")))
         inside |= {name: getattr(self, name) >= 0 for name in names}
         for name, is_inside in inside.items():
@@ -177,7 +189,7 @@ class InversionConfig:
 
 
 def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConfig:
-    """`config` with the schedule of a preset: the authors' ("reference"), or a third of its steps ("fast").
+    """`config` with the schedule of a preset: the authors' ("reference"), or a few percent of its time ("fast").
 
     With None, `config` keeps its own. "fast" was chosen on hard scenes of the demo (`experiments/evaluate.py
     --scene_seed 2`).
@@ -205,7 +217,8 @@ class Category:
       threshold_range: lowest and highest threshold of a sweep.
       segmenter: how segments are found unless a label image is given: by a classical method, or a network.
       invertibility: where error maps come from: a short inversion in each layer, or the predictor.
-      start: where W+ starts: the mean style, the best of some samples, the encoder's code, or a code that is given.
+      start: where latents start: W+ at the mean style, at the best of some samples, at the encoder's code, or at a code
+        that is given; or all layers at what the offset encoder finds from that code.
       config: default settings of its inversions.
       official: whether the authors of SAM distribute networks for it.
 
@@ -306,6 +319,8 @@ class Options:
     Default: those of all classes."""
     e4e_path: Path | None = None
     """An e4e encoder, converted or as distributed. Default: the category's."""
+    offsets_path: Path | None = None
+    """An offset encoder, for the start "learned". Default: the demo's."""
     inv_model_path: Path | None = None
     """An invertibility predictor, converted or as distributed. Default: the category's."""
 
@@ -318,8 +333,9 @@ class Options:
     """Where error maps come from: "measured" by a short inversion in each layer, or "predicted" by a network.
     Default: the category's, or predicted with inv_model_path."""
     start: Start | None = None
-    """Where W+ starts: at the mean style, at the best of 256 samples by LPIPS, or at the encoder's code. Default: the
-    category's, or encoder with e4e_path."""
+    """Where latents start: W+ at the mean style, at the best of 256 samples by LPIPS, or at the encoder's code; or all
+    layers at what an offset encoder finds from that code ("learned"). Default: the category's, learned with
+    offsets_path, or encoder with e4e_path."""
     start_latent: Path | None = None
     """Codes in W or W+ at which W+ starts instead: the only code of a .npy, .npz, .safetensors, .pt, .pth or .pkl file,
     or the one that has the name of the image."""
@@ -336,10 +352,15 @@ class Options:
     """The schedule: "reference" is the authors', "fast" takes a third of its steps. The flags that follow override it.
     Default: the category's."""
     num_opt_steps: int | None = None
-    """Adam steps. The defaults of this flag and those up to lambda_mvg are the category's: for all but the demo the
-    authors' 1001, 0.05, 0.25, 0.05, 0.9, 0.999, vgg, 1, 1, 5, 1e-3, 1e-8."""
+    """Adam steps; 0 for the start alone. The defaults of this flag and those up to lambda_mvg are the category's: for
+    all but the demo the authors' 1001, 0.05, 0.25, 0.05, 0.9, 0.999, vgg, 1, 1, 5, 1e-3, 1e-8."""
+    final_steps: int | None = None
+    """How many of the steps, the last ones, use LPIPS-VGG whatever lpips_type is. Default: the category's, which is 0
+    for all but the demo."""
     lr: float | None = None
     """Highest learning rate."""
+    final_lr: float | None = None
+    """Learning rate at the first of the final steps, from which it falls."""
     lr_rampdown_length: float | None = None
     """Fraction of the run in which the learning rate falls."""
     lr_rampup_length: float | None = None
@@ -413,7 +434,12 @@ def checked(options: Options) -> Options:
 
 
 def resolve_category(
-    options: Options, *, generator: bool = False, encoder: bool = False, predictor: bool = False
+    options: Options,
+    *,
+    generator: bool = False,
+    encoder: bool = False,
+    offsets: bool = False,
+    predictor: bool = False,
 ) -> Category:
     """The category that options select, with the options overriding its defaults.
 
@@ -423,6 +449,7 @@ def resolve_category(
       options: the user's options.
       generator: whether the caller supplies a generator, in addition to any in the options.
       encoder: whether the caller supplies an encoder.
+      offsets: whether the caller supplies an offset encoder.
       predictor: whether the caller supplies a predictor.
 
     Raises:
@@ -431,6 +458,7 @@ def resolve_category(
     options = checked(options)
     generator = generator or options.gan_weights is not None
     encoder, predictor = encoder or options.e4e_path is not None, predictor or options.inv_model_path is not None
+    offsets = offsets or options.offsets_path is not None
     name = options.image_category or ("custom" if generator else "demo")
     if name == "custom" and not generator:
         raise UserError("--image_category custom needs --gan_weights, the generator")
@@ -438,17 +466,22 @@ def resolve_category(
     category = known or Category.for_resolution(256)
     # The demo's encoder and predictor were trained for the demo's generator only.
     learned = known if category.official or not generator else None
-    if options.start_latent is not None and (options.start is not None or encoder):
-        raise UserError("--start_latent replaces --start and --e4e_path: leave them out")
-    start = options.start or ("encoder" if encoder else learned.start if learned else "mean")
+    if options.start_latent is not None and (options.start is not None or encoder or offsets):
+        raise UserError("--start_latent replaces --start, --e4e_path and --offsets_path: leave them out")
+    usual = learned.start if learned else "mean"
+    if usual == "learned" and encoder and not offsets:
+        usual = "encoder"  # the demo's offset encoder was trained with the demo's encoder only
+    start = options.start or ("learned" if offsets else "encoder" if encoder and usual == "mean" else usual)
     start = "given" if options.start_latent is not None else start
     maps = options.invertibility or ("predicted" if predictor else learned.invertibility if learned else "measured")
     for wanted, given, flag in (
-        (start == "encoder", encoder, "--start encoder needs --e4e_path"),
+        (start in ("encoder", "learned"), encoder, f"--start {start} needs --e4e_path"),
         (maps == "predicted", predictor, "--invertibility predicted needs --inv_model_path"),
     ):
         if wanted and not given and not learned:
             raise UserError(f"{flag}: the category {name} has no such network")
+    if start == "learned" and not offsets and (learned is None or learned.start != "learned" or encoder):
+        raise UserError("--start learned needs --offsets_path, which experiments/train_offsets.py makes")
     threshold = category.threshold if options.threshold is None else options.threshold
     return dataclasses.replace(
         category,
@@ -479,7 +512,7 @@ def required_roles(options: Options, *, segmenter: bool = True) -> tuple[str, ..
     own = category.segmenter == CATEGORIES[category.name].segmenter
     wanted = {
         "generator": options.gan_weights is None,
-        "encoder": category.start == "encoder" and options.e4e_path is None,
+        "encoder": category.start in ("encoder", "learned") and options.e4e_path is None,
         "invertibility": category.invertibility == "predicted" and options.inv_model_path is None,
         "segmenter": segmenter and own,
     }

@@ -30,12 +30,15 @@ from samjax.inversion import (
     State,
     Structure,
     Terms,
+    begin_stage,
     check_items,
     hyperparameters,
     init,
     prepack,
+    prepack_lpips,
     prepare,
     run_chunk,
+    stages,
     structure,
 )
 from samjax.latents import Latents, Masks, synthesize_latents
@@ -132,11 +135,14 @@ def run(
       DivergedError: a loss is not finite; the error carries the last good latents.
       ValueError: shapes are inconsistent, or a batch is not divisible by the number of devices.
     """
-    program, hyper = structure(generator, config), hyperparameters(config)
+    program = structure(generator, config)
     items = items._replace(seeds=np.asarray(items.seeds))
     check_items(program, items)
+    if not config.num_opt_steps:
+        nothing = np.zeros((0, items.targets.shape[0]), np.float32)
+        return {name: jnp.asarray(value) for name, value in items.start.items()}, Terms(*[nothing] * len(Terms._fields))
     divide, replicate = _placement(devices, config.batch_size)
-    networks = replicate(prepack(program, networks, items.targets.shape[1:3]))
+    parts = _stages(generator, networks, config, items.targets.shape[1:3], replicate)
     count, num_steps = items.targets.shape[0], config.num_opt_steps
     batches = list(batching.rows(count, config.batch_size))
     clock = _Clock(len(batches), num_steps)
@@ -145,12 +151,11 @@ def run(
         first = int(index[0])
         real = min(len(index), count - first)
         chosen = divide(take(items, index))
-        prepared = prepare(program, networks, chosen)
         resumed = (states or {}).get(group)
         state = init(chosen) if resumed is None else jax.tree.map(functools.partial(jnp.array, copy=True), resumed)
         state = divide(state)
         try:
-            for state, terms in _chunks(program, networks, prepared, hyper, state, num_steps):  # noqa: B020
+            for state, terms in _chunks(parts, chosen, state):  # noqa: B020
                 done = int(state.step)
                 seen = Terms(*(term[:, :real] for term in terms))
                 for column, term in zip(history, seen, strict=True):
@@ -158,7 +163,7 @@ def run(
                 rate, left = clock.tick(group, done, len(seen.total))
                 if on_progress is not None:
                     where = (group, len(batches), index, done, num_steps)
-                    on_progress(Progress(*where, seen, rate, left, state, prepared.masks))
+                    on_progress(Progress(*where, seen, rate, left, state, chosen.masks))
         except _NotFinite as stop:
             bad = tuple(first + i for i in stop.items if i < real)
             raise DivergedError(take(stop.latents, slice(real)), stop.step, bad) from None
@@ -227,14 +232,54 @@ class _NotFinite(Exception):
         self.latents, self.step, self.items = latents, step, items
 
 
-def _chunks(
-    program: Structure, networks: Networks, items: Items, hyper: Hyperparameters, state: State, num_steps: int
-) -> Iterator[tuple[State, Terms]]:
-    """Runs chunks to the end; after each, yields the state and the terms of its steps, as host arrays."""
+class _Stage(NamedTuple):
+    """A part of a run, with the parameters as its program takes them."""
+
+    program: Structure
+    networks: Networks
+    hyper: Hyperparameters
+    first: int
+    end: int
+
+
+def _stages(
+    generator: StyleGAN2Config,
+    networks: Networks,
+    config: InversionConfig,
+    size: tuple[int, int],
+    replicate: Callable[[Any], Any],
+) -> list[_Stage]:
+    """The stages of a run; weights that two have in common are prepacked once."""
+    made, packed = [], None
+    for first, stage in stages(config):
+        program = structure(generator, stage)
+        perceptual = networks.lpips if stage.lpips_type == config.lpips_type else networks.vgg
+        if perceptual is None:
+            raise ValueError("final steps need the parameters of LPIPS-VGG")
+        own = networks._replace(vgg=None, lpips=perceptual)
+        if packed is None:
+            packed = replicate(prepack(program, own, size))
+        else:
+            packed = packed._replace(lpips=replicate(prepack_lpips(program, own.lpips, size)))
+        made.append(_Stage(program, packed, hyperparameters(stage, first), first, stage.num_opt_steps))
+    return made
+
+
+def _chunks(parts: Sequence[_Stage], items: Items, state: State) -> Iterator[tuple[State, Terms]]:
+    """Runs the rest of all stages; after each chunk, yields the state and the terms of its steps, as host arrays."""
+    for part in parts:
+        if int(state.step) < part.end:
+            prepared = prepare(part.program, part.networks, items)
+            for state, terms in _steps(part, prepared, begin_stage(state, part.first)):  # noqa: B020
+                yield state, terms
+
+
+def _steps(part: _Stage, items: Items, state: State) -> Iterator[tuple[State, Terms]]:
+    """Runs the rest of a stage; yields as `_chunks`."""
     good = jax.tree.map(jnp.copy, state.latents)
-    while (before := int(state.step)) < num_steps:
+    while (before := int(state.step)) < part.end:
         start = jax.tree.map(jnp.copy, state.latents)
-        state, chunk = run_chunk(program, networks, items, hyper, state)
+        state, chunk = run_chunk(part.program, part.networks, items, part.hyper, state)
         done = int(state.step) - before
         terms = Terms(*(np.asarray(term)[:done] for term in chunk))
         if np.isfinite(terms.total[0]).all():

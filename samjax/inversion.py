@@ -31,11 +31,19 @@ from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
 
 
 class Networks(NamedTuple):
-    """All frozen parameters: those of the generator and of LPIPS, and the prior on W+."""
+    """All frozen parameters.
+
+    Attributes:
+      generator: those of the generator.
+      lpips: those of the LPIPS network of the loss.
+      prior: the prior on W+.
+      vgg: those of LPIPS-VGG; needed for final steps only.
+    """
 
     generator: Params
     lpips: Params
     prior: Prior
+    vgg: Params | None = None
 
 
 class Items(NamedTuple):
@@ -84,8 +92,12 @@ class State(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of an `InversionConfig` that a compiled program takes as arguments; arrays []."""
+    """The numbers of an `InversionConfig` that a compiled program takes as arguments; arrays [].
 
+    Steps are counted from `first_step`, which is 0 except in the final steps, to `num_opt_steps`.
+    """
+
+    first_step: Array
     num_opt_steps: Array
     lr: Array
     lr_rampdown_length: Array
@@ -132,18 +144,41 @@ def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
     )
 
 
-def hyperparameters(config: InversionConfig) -> Hyperparameters:
+def hyperparameters(config: InversionConfig, first_step: int = 0) -> Hyperparameters:
     """The part of the settings that the program takes as arguments."""
-    numbers = (getattr(config, name) for name in Hyperparameters._fields)
+    numbers = (first_step, *(getattr(config, name) for name in Hyperparameters._fields[1:]))
     return Hyperparameters(*(jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32) for x in numbers))
+
+
+def stages(config: InversionConfig) -> list[tuple[int, InversionConfig]]:
+    """The parts of a run, each with its first step and its settings, whose `num_opt_steps` is the step after its last.
+
+    >>> [(first, one.num_opt_steps, one.lpips_type) for first, one in stages(InversionConfig(9, 2, lpips_type="alex"))]
+    [(0, 7, 'alex'), (7, 9, 'vgg')]
+    """
+    first = max(config.num_opt_steps - config.final_steps, 0)
+    found = [(0, dataclasses.replace(config, num_opt_steps=first))]
+    final = dataclasses.replace(
+        config, lpips_type="vgg", lr=config.final_lr, lr_rampdown_length=1.0, lr_rampup_length=0.0
+    )
+    return [(start, stage) for start, stage in (*found, (first, final)) if stage.num_opt_steps > start]
 
 
 def init(items: Items) -> State:
     """The state before the first step; it shares no memory with `items`, so that it can be donated."""
     latents = {name: jnp.array(value, jnp.float32, copy=True) for name, value in items.start.items()}
+    return State(latents, _new_moments(latents), jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+
+def _new_moments(latents: dict[str, Array]) -> optax.ScaleByAdamState:
     optimizer = optax.scale_by_adam().init(latents)
     assert isinstance(optimizer, optax.ScaleByAdamState)
-    return State(latents, optimizer, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    return optimizer
+
+
+def begin_stage(state: State, first_step: int) -> State:
+    """`state` at the beginning of a stage other than the first, with new moments; unchanged later in the stage."""
+    return state._replace(optimizer=_new_moments(state.latents)) if first_step == int(state.step) > 0 else state
 
 
 def loss_terms(
@@ -191,8 +226,9 @@ def step(
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to an int32 power
         updates, optimizer = adam.update(gradients, state.optimizer)
     rate = losses.learning_rate(
-        state.step, hyper.num_opt_steps, hyper.lr, hyper.lr_rampdown_length, hyper.lr_rampup_length
-    )
+        state.step - hyper.first_step, hyper.num_opt_steps - hyper.first_step, hyper.lr, hyper.lr_rampdown_length,
+        hyper.lr_rampup_length,
+    )  # fmt: skip
     latents = jax.tree.map(lambda x, update: x - rate * update, state.latents, updates)
     assert isinstance(optimizer, optax.ScaleByAdamState)
     return State(latents, optimizer, state.step + 1, jnp.all(jnp.isfinite(terms.total))), terms
@@ -250,10 +286,18 @@ def prepack(
     """
     half = structure.half_precision
     generator = stylegan2.prepack(structure.generator, networks.generator, half_precision=half, minimal=minimal)
-    if structure.lpips_type is None:
-        return networks._replace(generator=generator)
-    perceptual = lpips.prepack(networks.lpips, *size, structure.lpips_type, half_precision=half, minimal=minimal)
+    perceptual = prepack_lpips(structure, networks.lpips, size, minimal=minimal)
     return networks._replace(generator=generator, lpips=perceptual)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "size", "minimal"))
+def prepack_lpips(
+    structure: Structure, params: Params, size: tuple[int, int], *, minimal: bool | None = None
+) -> Params:
+    """The part of `prepack` that concerns LPIPS; its arguments are those of `prepack`, with the parameters of LPIPS."""
+    if structure.lpips_type is None:
+        return params
+    return lpips.prepack(params, *size, structure.lpips_type, half_precision=structure.half_precision, minimal=minimal)
 
 
 def prepare(structure: Structure, networks: Networks, items: Items) -> Items:

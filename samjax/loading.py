@@ -22,6 +22,7 @@ class Parts:
     Attributes:
       generator: the generator.
       encoder: the encoder; None if W+ starts without one.
+      offsets: the offset encoder; None if F layers start at zero.
       predictor: the predictor; None if error maps are measured.
       segmenter: the segmenter; None if segments are given with every image.
       directions: name to direction [num_ws, w_dim].
@@ -29,6 +30,7 @@ class Parts:
 
     generator: LoadedNetwork
     encoder: LoadedNetwork | None
+    offsets: LoadedNetwork | None
     predictor: LoadedNetwork | None
     segmenter: segmentation.Segmenter | None
     directions: Mapping[str, np.ndarray]
@@ -58,9 +60,11 @@ def load(
     found = {role: registry.find_converted(category.name, role) for role in roles}
     if generator is None:
         generator = checkpoints.load_generator(found.get("generator", demo.GENERATOR))
-    encoder = predictor = None
-    if category.start == "encoder":
+    encoder = offsets = predictor = None
+    if category.start in ("encoder", "learned"):
         encoder = _learned("e4e", options.e4e_path or found.get("encoder"))
+    if category.start == "learned":
+        offsets = _learned("offsets", options.offsets_path)
     if category.invertibility == "predicted":
         predictor = _learned("invertibility", options.inv_model_path or found.get("invertibility"))
     segmenter = None if segments_given else _segmenter(category.segmenter, options, found.get("segmenter"))
@@ -76,12 +80,12 @@ def load(
     if options.generate_edits is not False and directory is not None:
         shape = generator.config.num_ws, generator.config.w_dim
         edits = directions.read_folder(directory, *shape, components=components, notify=notify)
-    return Parts(generator, encoder, predictor, segmenter, edits)
+    return Parts(generator, encoder, offsets, predictor, segmenter, edits)
 
 
 def _learned(network: str, path: Path | None) -> LoadedNetwork:
-    """The encoder or predictor at a path; without one, the demo's."""
-    embedded = {"e4e": demo.ENCODER, "invertibility": demo.PREDICTOR}
+    """The learned network at a path; without one, the demo's."""
+    embedded = {"e4e": demo.ENCODER, "offsets": demo.OFFSETS, "invertibility": demo.PREDICTOR}
     return checkpoints.load_network(path or embedded[network], network)
 
 

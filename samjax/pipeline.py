@@ -19,7 +19,7 @@ import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,19 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from samjax import analysis, driver, editing, layer_selection, loading, losses, metrics, results, runtime, segmentation
+from samjax import (
+    analysis,
+    driver,
+    editing,
+    layer_selection,
+    learned_start,
+    loading,
+    losses,
+    metrics,
+    results,
+    runtime,
+    segmentation,
+)
 from samjax.analysis import Analysis
 from samjax.config import (
     CATEGORIES,
@@ -35,6 +47,7 @@ from samjax.config import (
     Category,
     InversionConfig,
     Options,
+    Start,
     as_list,
     check_strengths,
     check_threshold,
@@ -47,11 +60,12 @@ from samjax.errors import UserError, shown
 from samjax.inversion import Items, Networks, Terms
 from samjax.io import checkpoints, directions, files, images, provenance, styles, weights
 from samjax.io.checkpoints import LoadedNetwork
-from samjax.latents import init_latents, latent_layers, single_layer_masks
+from samjax.latents import RESOLUTIONS, init_latents, latent_layers, single_layer_masks
 from samjax.layer_selection import Assignment
 from samjax.nets import lpips, stylegan2
 from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.e4e import E4EConfig
+from samjax.nets.offset_encoder import OffsetEncoderConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
 from samjax.results import Edits, Inversion
 
@@ -71,7 +85,7 @@ class Pipeline:
       category: sizes, threshold and sources, with the options applied.
       config: settings of every inversion.
       measure_steps: steps of each inversion that measures error maps.
-      generator, encoder, predictor: the networks; encoder and predictor are None if they are not used.
+      generator, encoder, offsets, predictor: the networks; all but the generator are None if they are not used.
       segmenter: maps an image [h, w, 3] in [-1, 1] to labels [h, w].
       directions: name to direction [num_ws, w_dim].
       layers: the latent layers in use, the most editable first.
@@ -85,6 +99,7 @@ class Pipeline:
         generator: LoadedNetwork | str | Path,
         *,
         encoder: LoadedNetwork | None = None,
+        offsets: LoadedNetwork | None = None,
         predictor: LoadedNetwork | None = None,
         segmenter: segmentation.Segmenter | None = None,
         directions: Mapping[str, ArrayLike] | None = None,
@@ -99,6 +114,7 @@ class Pipeline:
         Args:
           generator: from `samjax.io.checkpoints.load_generator` or `ckpt_convert.load`, or the path of a converted one.
           encoder: e4e encoder, which gives the start of W+; if None, W+ starts at the mean style.
+          offsets: offset encoder, which gives the start of all layers from there; needs the encoder.
           predictor: predictor of error maps; if None, they are measured by an inversion in each layer.
           segmenter: finds segments; the category's if None.
           directions: name to direction [num_ws, w_dim] (leading axes of 1 are allowed).
@@ -116,9 +132,13 @@ class Pipeline:
         if isinstance(generator, str | Path):
             name = name or Path(generator).name
             generator = checkpoints.load_generator(generator)
-        _check_kinds(generator, encoder, predictor, segmenter, directions, category)
+        _check_kinds(generator, encoder, offsets, predictor, segmenter, directions, category)
         category = category or resolve_category(
-            self.options, generator=True, encoder=encoder is not None, predictor=predictor is not None
+            self.options,
+            generator=True,
+            encoder=encoder is not None,
+            offsets=offsets is not None,
+            predictor=predictor is not None,
         )
         settings = resolve(self.options, generator.config, category=category, max_batch_size=max_batch_size)
         self._notify, self.gray = notify, generator.config.img_channels == 1
@@ -131,7 +151,7 @@ class Pipeline:
         generator = LoadedNetwork(*made_rgb, generator.manifest)
         self.name = name or "custom"
         self.category, self.config, self.measure_steps = settings.category, settings.config, settings.measure_steps
-        self.generator, self.encoder, self.predictor = generator, encoder, predictor
+        self.generator, self.encoder, self.offsets, self.predictor = generator, encoder, offsets, predictor
         self._check_networks()
         given = self.options.start_latent
         self._codes = {} if given is None else styles.read(given, *self.layers_shape)
@@ -144,7 +164,7 @@ class Pipeline:
         perceptual = self.vgg if self.config.lpips_type == "vgg" else weights.load_lpips(self.config.lpips_type)
         key = jax.random.key(self.options.seed)
         prior = losses.generator_prior(generator.config, generator.params, key=key, class_idx=class_idx)
-        self.networks = Networks(generator.params, perceptual, prior)
+        self.networks = Networks(generator.params, perceptual, prior, self.vgg)
 
     @classmethod
     def from_pretrained(cls, name: str | Path = "demo", **options: Any) -> Pipeline:
@@ -198,6 +218,7 @@ class Pipeline:
         return cls(
             parts.generator,
             encoder=parts.encoder,
+            offsets=parts.offsets,
             predictor=parts.predictor,
             segmenter=parts.segmenter,
             directions=parts.directions,
@@ -230,9 +251,10 @@ class Pipeline:
             segmenter finds them if None.
           segment_names: label, which is an integer, to the name of what the segment shows.
           maps: [L, h, w] error maps; predicted or measured if None.
-          start: the code in W or W+ at which W+ starts: an array [num_ws, w_dim] or [w_dim], a mapping such as
-            `{"W+": array}` or an inversion's latents, or a file; of several codes, the one that has the name of the
-            image. Found as the options specify if None.
+          start: where latents start: "mean", "best", "encoder" or "learned", as in `samjax.config.Options`; or a code
+            in W or W+: an array [num_ws, w_dim] or [w_dim], a mapping such as `{"W+": array}` or an inversion's
+            latents, or a file; of several codes, the one that has the name of the image. As the options specify if
+            None.
           name: name of the image; that of its file if None.
           directory: keeps measured maps, and finds them there again; see `invert`.
           on_progress: see `invert`.
@@ -244,7 +266,7 @@ class Pipeline:
         if name is not None and not isinstance(name, str):
             raise UserError(f"name must be text, not {shown(name)}")
         named = image if isinstance(image, str | Path) else name or "image"
-        given = self._given_start(start, named)
+        start_kind, code = self._chosen_start(start, named)
         shows = {} if segment_names is None else segment_names
         if not isinstance(shows, Mapping) or not all(
             isinstance(label, numbers.Integral) and isinstance(text, str) for label, text in shows.items()
@@ -263,8 +285,8 @@ class Pipeline:
             segments=labels,
             segment_names={int(label): text for label, text in shows.items()},
             segments_from=self.category.segmenter if segments is None else "given",
-            ws=self.start(target) if given is None else given,
-            ws_from=self.category.start if given is None else "given",
+            ws=self.start(target, start_kind) if code is None else code,
+            ws_from=start_kind,
             layers=tuple(layer.name for layer in self.layers),
             maps=np.zeros((len(self.layers), height, width), np.float32),
             singles={},
@@ -302,7 +324,7 @@ class Pipeline:
           layers: label to layer ("W+", "F4", ...) of segments whose layer is chosen by hand.
           segments: as in `analyze`, for an image.
           start: as in `analyze`, for an image.
-          num_opt_steps: steps of this inversion; those of the options if None.
+          num_opt_steps: steps of this inversion, 0 for the start alone; those of the options if None.
           directory: keeps what is finished, and finds it there again when the same call is repeated.
           on_progress: called between chunks of steps; None draws a progress bar if standard error is a terminal.
 
@@ -524,27 +546,43 @@ class Pipeline:
         height, width = self.category.target_size
         return source, images.to_float(images.fit(source, height, width, self.options.fit))
 
-    def start(self, target: np.ndarray) -> np.ndarray:
-        """Where W+ starts for a target [h, w, 3]: at the encoder's code, or as the category has it; [num_ws, w_dim].
+    def start(self, target: np.ndarray, kind: Start | None = None) -> np.ndarray:
+        """Where W+ starts for a target [h, w, 3]; [num_ws, w_dim]. A code that the options give is not considered.
 
-        A code that the options give is not considered.
+        Args:
+          target: the target.
+          kind: "mean", "best", or "encoder" or "learned" for the encoder's code; the category's, or the encoder's code
+            if there is an encoder, if None.
+
+        Raises:
+          UserError: the pipeline does not have the networks.
         """
-        if self.encoder is not None:
+        usual = "mean" if self.category.start == "given" else self.category.start
+        kind = kind or ("encoder" if self.encoder is not None else usual)
+        if kind in ("encoder", "learned"):
+            if self.encoder is None or (kind == "learned" and self.offsets is None):
+                lacking = "encoder: give --e4e_path" if self.encoder is None else "offset encoder: give --offsets_path"
+                raise UserError(f"the start {kind!r} is not possible without an {lacking}")
             return analysis.encode(self.encoder.config, self.encoder.params, target[None])[0]
-        kind: Literal["mean", "best"] = "best" if self.category.start == "best" else "mean"
         key = jax.random.fold_in(jax.random.key(self.options.seed), 1)
         return analysis.start_latents(
             self.generator.config, self.networks, target[None], self.config, kind=kind, key=key,
             class_idx=self.options.class_idx,
         )[0]  # fmt: skip
 
-    def _given_start(self, start: StartLike | None, image: str | Path) -> np.ndarray | None:
-        """[num_ws, w_dim] of the code in W or W+ that the caller or the options give; None if they give none."""
+    def _chosen_start(self, start: StartLike | None, image: str | Path) -> tuple[Any, np.ndarray | None]:
+        """The kind of start that the caller or the options choose, and the code [num_ws, w_dim] if they give one."""
+        if start is None and not self._codes:
+            return self.category.start, None
+        if isinstance(start, str) and start in get_args(Start):
+            return start, None
         if start is None:
-            return styles.choose(self._codes, image, self.options.start_latent or "") if self._codes else None
-        if isinstance(start, str | Path):
-            return styles.choose(styles.read(start, *self.layers_shape), image, start)
-        return styles.choose(styles.collect(start, *self.layers_shape, "start"), image, "start")
+            code = styles.choose(self._codes, image, self.options.start_latent or "")
+        elif isinstance(start, str | Path):
+            code = styles.choose(styles.read(start, *self.layers_shape), image, start)
+        else:
+            code = styles.choose(styles.collect(start, *self.layers_shape, "start"), image, "start")
+        return "given", code
 
     def start_image(self, known: Analysis) -> np.ndarray:
         """The generator's image of where W+ starts; [R, R, 3].
@@ -603,13 +641,15 @@ class Pipeline:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that inversions depend on, except for the image, its segments, and their layers."""
+        unused = {"batch_size", "chunk_steps"} | (set() if self.config.final_steps else {"final_steps", "final_lr"})
         return {
-            **{k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("batch_size", "chunk_steps")},
+            **{name: value for name, value in dataclasses.asdict(self.config).items() if name not in unused},
             "seed": self.options.seed,
             "start": self.category.start,
             **({} if self.options.class_idx is None else {"class_idx": self.options.class_idx}),
             **({"start_latent": provenance.fingerprint(self._codes)} if self._codes else {}),
             "encoder": _source(self.encoder),
+            **({} if self.offsets is None else {"offsets": _source(self.offsets)}),
             "invertibility": self.category.invertibility,
             "measure_steps": self.measure_steps if self.predictor is None else None,
             "predictor": _source(self.predictor),
@@ -643,6 +683,14 @@ class Pipeline:
                 raise UserError(
                     f"the encoder takes images of at most {given.max_size} px, the target has "
                     f"{max(self.category.target_size)} px: use networks that belong together"
+                )
+        if self.offsets is not None:
+            learned_start.check(self.offsets.config, config)
+            names = [name for name in self.config.latent_names if name != "W+"]
+            if unknown := [name for name in names if RESOLUTIONS[name] not in self.offsets.config.resolutions]:
+                raise UserError(
+                    f"the offset encoder has no {', '.join(unknown)}: leave these out of --latent_names, or give"
+                    " another --start"
                 )
         if self.predictor is not None:
             known = self.predictor.config.latent_names
@@ -700,6 +748,27 @@ class Pipeline:
             )
         return images.fit_labels(labels, height, width, self.options.fit)
 
+    def _start_latents(self, known: Sequence[Analysis], masks: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Where the latents of N analyzed images start, with masks [N, ...]; [N, ...] each."""
+        latents = init_latents(self.layers, jnp.asarray(np.stack([one.ws for one in known])))
+        start = {name: np.array(value) for name, value in latents.items()}
+        rows = [i for i, one in enumerate(known) if one.ws_from == "learned"]
+        if not rows:
+            return start
+        if self.offsets is None:
+            raise UserError(
+                "the analysis has the learned start, and this pipeline has no offset encoder: analyze again"
+            )
+        of_rows = lambda arrays: {name: np.asarray(value)[rows] for name, value in arrays.items()}  # noqa: E731
+        learned = learned_start.learned_latents(
+            self.offsets.config, self.offsets.params, self.generator.config, self.generator.params,
+            np.stack([known[i].target for i in rows]), of_rows(masks), of_rows(start),
+            noise=self.config.stored_noise, precision=self.config.matmul_precision, batch_size=self.config.batch_size,
+        )  # fmt: skip
+        for name, value in learned.items():
+            start[name][rows] = value
+        return start
+
     def _measured(self, known: Analysis, directory: str | Path | None, on_progress: OnProgress | None) -> Analysis:
         """`known` with maps measured by an inversion in each layer, or read from `directory`."""
         path = None if directory is None else Path(directory) / "measured.npz"
@@ -712,9 +781,11 @@ class Pipeline:
             config = dataclasses.replace(config, num_opt_steps=self.measure_steps)
             began = time.perf_counter()
             with _progress("single layers", on_progress) as watch:
+                alone = self._start_latents([known] * len(self.layers), single_layer_masks(self.layers))
                 maps, latents, terms = analysis.measure_maps(
-                    self.generator.config, self.networks, known.target[None], known.ws[None], config,
-                    seed=self.options.seed, map_params=self.vgg, map_net="vgg", on_progress=watch,
+                    self.generator.config, self.networks, known.target[None],
+                    {name: value[None] for name, value in alone.items()}, config, seed=self.options.seed,
+                    map_params=self.vgg, map_net="vgg", on_progress=watch,
                 )  # fmt: skip
             kept = {"maps": maps[0], "terms": np.stack([term[:, 0] for term in terms])}
             kept |= {f"latent_{name}": value[0] for name, value in latents.items()}
@@ -763,7 +834,8 @@ class Pipeline:
         before: Inversion | None = None,
     ) -> list[Inversion]:
         """An inversion for each threshold; equal layer maps are optimized once, and finished ones are not repeated."""
-        config = dataclasses.replace(self.config, num_opt_steps=num_opt_steps or self.config.num_opt_steps)
+        steps = self.config.num_opt_steps if num_opt_steps is None else num_opt_steps
+        config = dataclasses.replace(self.config, num_opt_steps=steps)
         assignment = self._assign(known, thresholds, forced)
         if directory is not None:
             self._check_settings(known, directory)
@@ -825,7 +897,7 @@ class Pipeline:
           Latents [N, ...], and loss terms [steps, N].
         """
         masks = layer_selection.stack_masks(layer_maps, self.layers)
-        start = init_latents(self.layers, jnp.asarray(np.stack([one.ws for one in known])))
+        start = self._start_latents(known, masks)
         items = Items(np.stack([one.target for one in known]), masks, start, np.full(len(known), self.options.seed))
         config = driver.even_batches(config, len(known))
         states = None if begin is None else driver.starting_states(items, begin, config)
@@ -920,6 +992,7 @@ class Pipeline:
         settings = {
             **self.settings,
             "target": provenance.fingerprint(known.target),
+            "start": known.ws_from,
             **({"ws": provenance.fingerprint(known.ws)} if known.ws_from == "given" else {}),
             "segments": [known.segments_from, self.options.swap_channels]
             if known.segments_from != "given"
@@ -949,7 +1022,9 @@ class Pipeline:
             self._notify(line)
 
 
-def _check_kinds(generator: Any, encoder: Any, predictor: Any, segmenter: Any, directions: Any, category: Any) -> None:
+def _check_kinds(
+    generator: Any, encoder: Any, offsets: Any, predictor: Any, segmenter: Any, directions: Any, category: Any
+) -> None:
     """Raises a UserError that names the argument of `Pipeline` that is something else, if there is one."""
 
     def is_network(value: Any, config: type) -> bool:
@@ -959,6 +1034,7 @@ def _check_kinds(generator: Any, encoder: Any, predictor: Any, segmenter: Any, d
     for name, value, is_right, wanted in (
         ("generator", generator, is_network(generator, StyleGAN2Config), "a loaded generator, or the path of one"),
         ("encoder", encoder, encoder is None or is_network(encoder, E4EConfig), "a loaded encoder"),
+        ("offsets", offsets, offsets is None or is_network(offsets, OffsetEncoderConfig), "a loaded offset encoder"),
         ("predictor", predictor, predictor is None or is_network(predictor, PredictorConfig), "a loaded predictor"),
         ("segmenter", segmenter, segmenter is None or callable(segmenter), by_name),
         ("directions", directions, isinstance(directions, Mapping | None), "a mapping of names to directions"),

@@ -263,8 +263,8 @@ def _single_shapes(arrays: Mapping[str, np.ndarray], layers: tuple[LatentLayer, 
 
 
 def _steps(arrays: Mapping[str, np.ndarray]) -> int:
-    """How many steps the loss terms have, at least 1."""
-    return max(arrays["terms"].shape[1], 1) if "terms" in arrays and arrays["terms"].ndim > 1 else 1
+    """How many steps the loss terms have."""
+    return arrays["terms"].shape[1] if "terms" in arrays and arrays["terms"].ndim > 1 else 1
 
 
 def _wrong(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -11,9 +11,11 @@ import numpy as np
 from samjax import losses
 from samjax.inversion import Networks
 from samjax.io.checkpoints import LoadedNetwork
-from samjax.nets import deeplab, e4e, lpips, stylegan2
+from samjax.latents import latent_layers
+from samjax.nets import deeplab, e4e, lpips, offset_encoder, stylegan2
 from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.e4e import E4EConfig
+from samjax.nets.offset_encoder import OffsetEncoderConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 TINY = StyleGAN2Config(img_resolution=32, z_dim=8, w_dim=8, channel_base=256, channel_max=8, mapping_layers=2)
@@ -89,6 +91,29 @@ def tiny_encoder(generator: StyleGAN2Config = TINY) -> LoadedNetwork:
         return values * np.float32(np.sqrt(2 / np.prod(shape.shape[:-1])))
 
     shapes = jax.eval_shape(lambda: e4e.init(config, key=jax.random.key(0)))
+    return LoadedNetwork(config, jax.tree_util.tree_map_with_path(one, shapes), {})
+
+
+def tiny_offset_encoder_config(generator: StyleGAN2Config = TINY) -> OffsetEncoderConfig:
+    """Config of a tiny offset encoder for a generator."""
+    layers = [layer for layer in latent_layers(generator) if layer.resolution is not None]
+    return OffsetEncoderConfig(
+        tuple(layer.resolution for layer in layers if layer.resolution is not None),
+        tuple(layer.channels for layer in layers), generator.num_ws, generator.w_dim,
+        widths=(8,) * len(layers), blocks=1, style_width=8,
+    )  # fmt: skip
+
+
+def tiny_offset_encoder(generator: StyleGAN2Config = TINY) -> LoadedNetwork:
+    """A random offset encoder for a generator, whose corrections are small."""
+    config, rng = tiny_offset_encoder_config(generator), np.random.default_rng(3)
+
+    def one(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if _names(path)[0] == "batch_stats":
+            return np.full(shape.shape, 0.0 if _names(path)[-1] == "style_mean" else 1.0, np.float32)
+        return rng.normal(0, 0.1 / np.sqrt(np.prod(shape.shape[:-1])), shape.shape).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: offset_encoder.init(config, key=jax.random.key(0)))
     return LoadedNetwork(config, jax.tree_util.tree_map_with_path(one, shapes), {})
 
 

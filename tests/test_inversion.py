@@ -18,7 +18,7 @@ from samjax.config import InversionConfig
 from samjax.driver import DivergedError
 from samjax.inversion import Items, Networks
 from samjax.io.weights import load_lpips
-from samjax.testing import TINY, tiny_networks
+from samjax.testing import TINY, random_lpips, tiny_networks
 
 
 class Result(NamedTuple):
@@ -234,6 +234,39 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny):
     assert np.isnan(rest.terms.total[:4]).all()
     done = run(TINY, tiny, items, QUICK, states={0: seen[1]})
     assert_same(done.latents, whole.latents)
+
+
+def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny):
+    items, vgg = tiny_items(2), random_lpips("vgg")
+    networks, still = tiny._replace(vgg=vgg), dataclasses.replace(QUICK, noise="const")  # random noise counts steps
+    config = dataclasses.replace(still, num_opt_steps=8, final_steps=3, final_lr=0.02)
+    seen = []
+    keep = lambda p: seen.append((p.step, jax.tree.map(np.array, p.state)))  # noqa: E731
+    whole = run(TINY, networks, items, config, on_progress=keep)
+    assert [step for step, _ in seen] == [4, 5, 8]
+    assert np.isfinite(whole.terms.total).all()
+
+    first = run(TINY, tiny, items, dataclasses.replace(still, num_opt_steps=5))
+    np.testing.assert_array_equal(whole.terms.total[:5], first.terms.total)
+    alone = dataclasses.replace(
+        still, num_opt_steps=3, lpips_type="vgg", lr=0.02, lr_rampup_length=0.0, lr_rampdown_length=1.0
+    )
+    states = driver.starting_states(items, first.latents, alone)
+    last = run(TINY, tiny._replace(lpips=vgg), items, alone, states=states)
+    np.testing.assert_array_equal(whole.terms.total[5:], last.terms.total)
+    assert_same(whole.latents, last.latents)
+
+    for _, state in seen:  # resumed within either stage, or between them
+        assert_same(run(TINY, networks, items, config, states={0: state}).latents, whole.latents)
+    with pytest.raises(ValueError, match="final steps need"):
+        run(TINY, tiny, items, config)
+
+
+def test_no_step_at_all_gives_the_start(tiny):
+    items = tiny_items(3)
+    found = run(TINY, tiny, items, dataclasses.replace(QUICK, num_opt_steps=0))
+    assert_same(found.latents, dict(items.start))
+    assert found.terms.total.shape == (0, 3)
 
 
 def test_steps_beyond_the_end_do_nothing(tiny):

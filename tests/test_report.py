@@ -587,8 +587,8 @@ def test_describe():
         np.testing.assert_array_equal(made, expected)
     assert content.losses == dict.fromkeys(("W+", "F6", "SAM"), inversion.terms.total.tolist())
     assert content.settings | {"device": ""} == {
-        "generator": "tiny", "steps": 4, "error maps": "measured in 3 steps", "W+ starts at": "mean",
-        "segments": "given", "LPIPS of the loss": "vgg", "device": "",
+        "generator": "tiny", "steps": 4, "error maps": "measured in 3 steps", "start": "W+ at the mean style",
+        "segments": "given", "loss": "LPIPS-VGG", "device": "",
     }  # fmt: skip
     assert content.thresholds == inversion.category.sweep()
     assert content.sweep == {}

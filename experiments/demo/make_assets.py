@@ -1,7 +1,8 @@
 """Makes the parts of the demo other than its generator: sample images, directions found in W, and trained networks.
 
     python experiments/demo/make_assets.py
-    python experiments/demo/make_assets.py --encoder runs/encoder/encoder --predictor runs/predictor/predictor
+    python experiments/demo/make_assets.py --encoder runs/encoder/encoder --offsets runs/offsets/offsets \\
+        --predictor runs/predictor/predictor
 
 Writes `samples/`, `edits/` and, with the flags, the networks in half precision to OUTPUT_PATH, in about a minute on two
 CPU cores.
@@ -43,6 +44,8 @@ class Arguments:
     """Seed of the sample scenes. Evaluation and tuning use others."""
     encoder: Path | None = None
     """An encoder from `train_encoder.py`."""
+    offsets: Path | None = None
+    """An offset encoder from `train_offsets.py`."""
     predictor: Path | None = None
     """A predictor from `train_invertibility.py`."""
 
@@ -67,6 +70,8 @@ def embed(path: Path, network: str, output: Path) -> None:
 def main(args: Arguments) -> None:
     if args.encoder is not None:
         embed(args.encoder, "e4e", args.output_path / demo.ENCODER.name)
+    if args.offsets is not None:
+        embed(args.offsets, "offsets", args.output_path / demo.OFFSETS.name)
     if args.predictor is not None:
         embed(args.predictor, "invertibility", args.output_path / demo.PREDICTOR.name)
     generator = demo.load_generator()

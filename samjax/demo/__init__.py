@@ -1,7 +1,8 @@
 """The embedded domain, "cars in scenes": its renderer, networks, sample images and directions.
 
-Everything here was made by programs of this repository: `experiments/demo/train_generator.py`, `train_encoder.py` and
-`train_invertibility.py` made the networks, `experiments/demo/make_assets.py` the samples and directions.
+Everything here was made by programs of this repository: `experiments/demo/train_generator.py`, `train_encoder.py`,
+`train_offsets.py` and `train_invertibility.py` made the networks, `experiments/demo/make_assets.py` the samples and
+directions.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from samjax.io import checkpoints, files, images
 FOLDER = Path(str(_files("samjax.demo")))
 GENERATOR = FOLDER / "generator.safetensors"
 ENCODER = FOLDER / "encoder.safetensors"
+OFFSETS = FOLDER / "offsets.safetensors"
 PREDICTOR = FOLDER / "predictor.safetensors"
 SAMPLES = FOLDER / "samples"
 EDITS = FOLDER / "edits"

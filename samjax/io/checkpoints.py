@@ -31,7 +31,7 @@ from numpy.typing import DTypeLike
 
 from samjax.errors import UserError, shown
 from samjax.io import files, values
-from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, stylegan2
+from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, offset_encoder, stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
 
 # Orbax takes seconds to import, and the networks inside the package do not need it: only functions import it.
@@ -69,6 +69,7 @@ NETWORKS: Mapping[str, Kind] = {
     "generator": Kind("generator", StyleGAN2Config, stylegan2.init),
     "e4e": Kind("e4e encoder", e4e.E4EConfig, e4e.init),
     "invertibility": Kind("invertibility predictor", deeplab.PredictorConfig, deeplab.init),
+    "offsets": Kind("offset encoder", offset_encoder.OffsetEncoderConfig, offset_encoder.init),
     "ade20k": Kind("ADE20K segmenter", ade20k.ADE20KConfig, ade20k.init),
     "bisenet": Kind("face parser", bisenet.BiSeNetConfig, bisenet.init),
     "mask_rcnn": Kind("Mask R-CNN", mask_rcnn.MaskRCNNConfig, mask_rcnn.init),

@@ -239,15 +239,27 @@ def describe(inversion: Inversion, *, edits: Edits | None = None, sweep: Sequenc
     )
 
 
+_STARTS = {
+    "given": "W+ at a given code",
+    "mean": "W+ at the mean style",
+    "best": "W+ at the best of some samples",
+    "encoder": "W+ at the encoder's code",
+    "learned": "all layers learned",
+}
+
+
 def _settings(inversion: Inversion) -> dict[str, Any]:
-    analysis = inversion.analysis
+    analysis, config = inversion.analysis, inversion.config
+    final = min(config.final_steps, config.num_opt_steps)
+    first = {"vgg": "LPIPS-VGG", "alex": "LPIPS-AlexNet"}[config.lpips_type] if config.num_opt_steps > final else ""
+    last = f"{first and ', '}LPIPS-VGG in the last {final} steps" if final else ""
     return {
         "generator": inversion.generator,
-        "steps": inversion.config.num_opt_steps,
+        "steps": config.num_opt_steps,
         "error maps": f"measured in {inversion.measure_steps} steps" if analysis.singles else analysis.maps_from,
-        "W+ starts at": "a given code" if analysis.ws_from == "given" else analysis.ws_from,
+        "start": _STARTS.get(analysis.ws_from, analysis.ws_from),
         "segments": analysis.segments_from,
-        "LPIPS of the loss": inversion.config.lpips_type,
+        "loss": first + last or "none",
         "device": jax.devices()[0].device_kind,
     }
 

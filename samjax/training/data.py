@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,18 @@ class Dataset:
     directory: Path
     latent_names: tuple[str, ...]
     examples: tuple[Example, ...]
+
+
+class Segmented(NamedTuple):
+    """One image with its segments.
+
+    Attributes:
+      image: uint8 [h, w, 3].
+      segments: int32 [h, w], labels from 0.
+    """
+
+    image: np.ndarray
+    segments: np.ndarray
 
 
 class Sample(NamedTuple):
@@ -211,6 +223,38 @@ def image_samples(
     return source.map(lambda path: images.fit(images.read_image(path, notify=_silent), *size, fit))
 
 
+def segmented_samples(
+    paths: Sequence[Path],
+    labels: Labels,
+    *,
+    size: tuple[int, int],
+    fit: images.Fit = "stretch",
+    train: bool,
+    seed: int = 0,
+) -> Any:
+    """`Segmented` images as a Grain dataset with random access.
+
+    Args:
+      paths: files of the images.
+      labels: segments of the images, by name.
+      size: height and width of the samples.
+      fit: how images of another aspect ratio are fitted to this size.
+      train: repeats the images forever, shuffled in every epoch and flipped at random; otherwise every image comes
+        once, in order.
+      seed: seed of order and flips.
+    """
+    import grain
+
+    def load(path: Path) -> Segmented:
+        return Segmented(images.fit(images.read_image(path, notify=_silent), *size, fit), labels(path.stem))
+
+    def flip(one: Segmented, rng: np.random.Generator) -> Segmented:
+        return Segmented(one.image[:, ::-1], one.segments[:, ::-1]) if rng.random() > 0.5 else one
+
+    source = grain.MapDataset.source(list(paths)).seed(seed)
+    return source.shuffle().repeat().map(load).random_map(flip) if train else source.map(load)
+
+
 def batches(
     source: Any, batch_size: int, start: int, stop: int, *, part: tuple[int, int] = (0, 1), threads: int = 8
 ) -> Iterator[Any]:
@@ -250,23 +294,28 @@ def to_batch(samples: Sample) -> Batch:
 
 
 def cache_segments(
-    directory: Path, dataset: Dataset, size: tuple[int, int], segment: Callable[[np.ndarray], np.ndarray]
+    directory: Path,
+    paths: Mapping[str, Path],
+    size: tuple[int, int],
+    segment: Callable[[np.ndarray], np.ndarray],
+    fit: images.Fit = "stretch",
 ) -> None:
     """Writes the label images NAME.png that a directory does not have yet.
 
     Args:
       directory: directory of the label images.
-      dataset: the dataset.
+      paths: files of the images by name.
       size: height and width of the labels.
       segment: maps an image [h, w, 3] in [-1, 1] to labels [h, w].
+      fit: how images of another aspect ratio are fitted to this size.
 
     Raises:
       UserError: an image cannot be read, or a file cannot be written.
     """
-    for example in tqdm.tqdm(dataset.examples, unit="image", desc="segments", leave=False):
-        path = directory / f"{example.name}.png"
+    for name, source in tqdm.tqdm(paths.items(), unit="image", desc="segments", leave=False):
+        path = directory / f"{name}.png"
         if not path.exists():
-            image = images.to_float(_resized(example.image, size))
+            image = images.to_float(images.fit(images.read_image(source, notify=_silent), *size, fit))
             labels = np.unique(segment(image), return_inverse=True)[1].reshape(size)
             images.save_segments(path, np.minimum(labels, 255))
 

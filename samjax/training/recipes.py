@@ -1,6 +1,6 @@
-"""Whole trainings: from options and image files to a trained encoder or invertibility predictor.
+"""Whole trainings: from options and image files to a trained encoder, offset encoder or invertibility predictor.
 
-Both resume after an interruption, and run on all devices of all processes.
+All resume after an interruption, and run on all devices of all processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from samjax import segmentation
+from samjax import learned_start, segmentation
 from samjax.config import (
     CATEGORIES,
     CLASSICAL_SEGMENTERS,
@@ -30,16 +30,23 @@ from samjax.errors import UserError, check_least, check_positive
 from samjax.io import checkpoints, files, images, provenance, registry, weights
 from samjax.nets.deeplab import PredictorConfig
 from samjax.nets.e4e import E4EConfig
+from samjax.nets.offset_encoder import OffsetEncoderConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
 from samjax.pipeline import Pipeline
 from samjax.report import training as report
-from samjax.training import data, encoder, loop, predictor
+from samjax.training import data, encoder, loop, offsets, predictor
 
 ENCODER_PRESETS = {
     "full": E4EConfig(),  # the authors', of the e4e paper
     "small": E4EConfig(widths=(16, 32, 64, 96), blocks=(1, 2, 2, 1), head_width=24),  # one million parameters
 }
 """Sizes of encoders."""
+
+OFFSET_PRESETS: dict[str, dict[str, Any]] = {
+    "full": {"widths": {16: 256, 32: 192, 64: 128, 128: 64}, "blocks": 2, "style_width": 512},
+    "small": {"widths": {16: 96, 32: 64, 64: 48, 128: 32}, "blocks": 1, "style_width": 192},  # one million
+}
+"""Sizes of offset encoders: channels at each resolution, residual blocks, and hidden entries of W+'s correction."""
 
 PREDICTOR_PRESETS = {
     "full": PredictorConfig(),  # the authors', 59 million parameters
@@ -190,6 +197,176 @@ def train_encoder(options: EncoderOptions, *, open_output: Callable[[Path], Path
     return directory
 
 
+# --- offset encoder ---
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetOptions(loop.LoopOptions):
+    """Options of `train_offsets`."""
+
+    image_category: CategoryName | None = None
+    """Size of the images, their segments, and weights and LPIPS network of the loss. Default: demo, or custom with
+    gan_weights."""
+    weights: Path | None = None
+    """A directory with the category's files under their authors' names."""
+    gan_weights: Path | None = None
+    """A generator, converted or as distributed. Default: the category's."""
+    e4e_path: Path | None = None
+    """The encoder of W+, converted or as distributed. Default: the category's."""
+    class_idx: int | None = None
+    """Class of the images, for a generator with classes. Default: all classes."""
+    segmenter: Segmenter | None = None
+    """How segments are found: felzenszwalb, slic, ade20k, bisenet or mask_rcnn. Default: the category's."""
+    image_folder: Path = Path("images/train")
+    """Directory of the training images."""
+    image_folder_val: Path = Path("images/val")
+    """Directory of the validation images."""
+    fit: Fit = "stretch"
+    """How an image of another aspect ratio is fitted to the category's size."""
+    output_folder: Path = Path("output/offsets")
+    """Directory of the offset encoder, checkpoints, metrics and figures."""
+    preset: Literal["full", "small"] = "full"
+    """Size of the offset encoder: for photographs, or for small domains."""
+    init: Path | None = None
+    """An offset encoder to start from. Default: random weights."""
+    batch_size: int = 8
+    """Images in a batch over all devices and machines."""
+    passes: int = 2
+    """Passes of the network over each image."""
+    lr: float = 1e-3
+    """Learning rate of Adam, which rises in the first 100 steps and falls along a cosine."""
+    lambda_f_rec: float | None = None
+    """Weight of the squared offsets. Default: the category's."""
+    lambda_delta: float | None = None
+    """Weight of the distance between the styles of an image. Default: the category's."""
+    lpips_type: Literal["vgg", "alex"] | None = None
+    """LPIPS network of the loss. Default: the category's."""
+    lpips_crop: int = 0
+    """Pixels a side of the random part of an image on which LPIPS is computed, which saves time; 0 for whole images."""
+
+    def check(self) -> None:
+        super().check()
+        check_least(self, {"lambda_f_rec": 0, "lambda_delta": 0, "lpips_crop": 0, "passes": 1})
+        check_positive(self, ("lr",))
+
+    def pipeline_options(self) -> Options:
+        """Options of the pipeline whose generator and encoder the offset encoder is for."""
+        return Options(
+            image_category=self.image_category, weights=self.weights, gan_weights=self.gan_weights,
+            e4e_path=self.e4e_path, class_idx=self.class_idx, segmenter=self.segmenter, lpips_type=self.lpips_type,
+            lambda_f_rec=self.lambda_f_rec, lambda_delta=self.lambda_delta, invertibility="measured", start="encoder",
+            generate_edits=False,
+        )  # fmt: skip
+
+
+def _new_offsets(options: OffsetOptions, pipeline: Pipeline) -> tuple[OffsetEncoderConfig, Any]:
+    """Sizes of the offset encoder and the variables to start from, None for random ones."""
+    layers = [layer for layer in pipeline.layers if layer.resolution is not None]
+    resolutions = tuple(layer.resolution for layer in layers if layer.resolution is not None)
+    preset = OFFSET_PRESETS[options.preset]
+    config = OffsetEncoderConfig(
+        resolutions, tuple(layer.channels for layer in layers), *pipeline.layers_shape,
+        widths=tuple(preset["widths"][r] for r in resolutions), blocks=preset["blocks"],
+        style_width=preset["style_width"], passes=options.passes,
+    )  # fmt: skip
+    if options.init is None:
+        return config, None
+    config, variables, _ = checkpoints.load_network(options.init, "offsets")
+    learned_start.check(config, pipeline.generator.config)
+    return dataclasses.replace(config, passes=options.passes), variables
+
+
+def train_offsets(options: OffsetOptions, *, open_output: Callable[[Path], Path] = files.output_directory) -> Path:
+    """Trains an offset encoder for a generator and an encoder on the images of a directory.
+
+    Writes the offset encoder with the lowest validation loss, checkpoints, metrics and figures to
+    `options.output_folder`. If that directory holds an interrupted run of the same options, the run is resumed.
+
+    Args:
+      options: options of the training.
+      open_output: creates the directory of the results, once everything else is known to be usable.
+
+    Returns:
+      The directory of the offset encoder, the `offsets_path` of `samjax.config.Options`.
+
+    Raises:
+      UserError: bad options or files, or the directory holds a run of other options.
+    """
+    options.check()
+    paths = {
+        "train": images.list_images(options.image_folder, notify=print),
+        "val": images.list_images(options.image_folder_val, notify=print),
+    }
+    place, part = loop.Placement(options.batch_size), (jax.process_index(), jax.process_count())
+    pipeline = Pipeline.from_options(options.pipeline_options())
+    assert pipeline.encoder is not None
+    assert pipeline.segmenter is not None
+    generator, networks, e4e_config = pipeline.generator.config, pipeline.networks, pipeline.encoder.config
+    network, variables = _new_offsets(options, pipeline)
+    counts, inversion = {name: len(found) for name, found in paths.items()}, pipeline.config
+    config = offsets.TrainConfig(
+        num_steps=options.total_steps(counts["train"]), lr=options.lr, seed=options.seed,
+        lambda_mse=inversion.lambda_mse, lambda_lpips=inversion.lambda_lpips, lambda_f_rec=inversion.lambda_f_rec,
+        lambda_delta=inversion.lambda_delta, lpips_type=inversion.lpips_type, lpips_crop=options.lpips_crop,
+    )  # fmt: skip
+    size = pipeline.category.target_size
+    _check_settings(open_output(options.output_folder), {
+        "offsets": network, "training": config, "batch_size": options.batch_size, "init": options.init,
+        "data": [options.image_folder, options.image_folder_val], "images": counts, "fit": options.fit,
+        "segmenter": pipeline.category.segmenter, "generator": pipeline.fingerprint,
+        "encoder": provenance.fingerprint(e4e_config, pipeline.encoder.params),
+    })  # fmt: skip
+    directory = options.output_folder / "segments"
+    if part[0] == 0:
+        for name, found in paths.items():
+            named = {path.stem: path for path in found}
+            data.cache_segments(directory / name, named, size, pipeline.segmenter, options.fit)
+    multihost_utils.sync_global_devices("segments")
+    frozen = place.replicate(offsets.Frozen(networks, pipeline.encoder.params))
+    source, val_source = (
+        data.segmented_samples(
+            found, functools.partial(data.read_labels, directory / name, size), size=size, fit=options.fit,
+            train=name == "train", seed=options.seed,
+        )
+        for name, found in paths.items()
+    )  # fmt: skip
+
+    def batches(source: Any, first: int, last: int) -> Iterator[Any]:
+        for image, segments in data.batches(source, options.batch_size, first, last, part=part):
+            shown = images.to_float(images.to_gray(image) if pipeline.gray else image)
+            yield place.shard(offsets.Batch(shown, segments.astype(np.int32)))
+
+    def validate(variables: Any) -> tuple[dict[str, float], np.ndarray]:
+        rows, figure = [], np.zeros((1, 1, 3), np.uint8)
+        for i, batch in enumerate(batches(val_source, 0, -(-counts["val"] // options.batch_size))):
+            key = jax.random.fold_in(jax.random.key(options.seed), i)
+            found = offsets.evaluate(network, e4e_config, generator, config, frozen, variables, batch, key)
+            *terms, made = multihost_utils.process_allgather(found, tiled=True)
+            rows.append(np.stack(terms, 1))
+            if i == 0:
+                given = multihost_utils.process_allgather(batch.images, tiled=True)
+                figure = report.pairs_figure(given[:8], made[:8], ("Image", "Learned start"))
+        means = np.concatenate(rows)[: counts["val"]].mean(0).tolist()
+        named = dict(zip(("val_mse", "val_lpips", "val_f_rec", "val_delta"), means, strict=True))
+        return {"val_loss": float(offsets.total(config, *means)), **named}, figure
+
+    trained = loop.run(options, loop.Job(
+        num_steps=config.num_steps,
+        state=place.replicate(offsets.init(network, config, generator, networks, variables)),
+        batches=lambda first: batches(source, first, config.num_steps),
+        step=functools.partial(offsets.step, network, e4e_config, generator, config, frozen),
+        learning_rate=offsets.learning_rate(config),
+        validate=validate,
+        val_frequency=options.val_frequency or options.epoch_steps(counts["train"]),
+        panels=(("LPIPS", "lpips", "val_lpips"), ("Mean squared error", "mse", "val_mse")),
+    ))  # fmt: skip
+    directory = options.output_folder / "offsets"
+    if part[0] == 0:
+        loop.save_network(directory, network, trained)
+        print(f"best at step {trained.step}: validation LPIPS {trained.metrics['val_lpips']:.3f} without any step")
+    return directory
+
+
 # --- predictor ---
 
 
@@ -279,7 +456,8 @@ def _segments(options: PredictorOptions, datasets: dict[str, data.Dataset]) -> d
             network = checkpoints.load_network(path, name)
         segment = segmentation.load(name, network)
         for part, dataset in datasets.items():
-            data.cache_segments(directory / part, dataset, size, segment)
+            paths = {example.name: example.image for example in dataset.examples}
+            data.cache_segments(directory / part, paths, size, segment)
     multihost_utils.sync_global_devices("segments")
     return {part: functools.partial(data.read_labels, directory / part, size) for part in datasets}
 
