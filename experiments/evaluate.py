@@ -46,6 +46,8 @@ class Arguments(Options):
     thresholds: tuple[float, ...] = ()
     """Mean errors up to which a segment may use a layer; the table has one row for each. Default: the value of
     --threshold."""
+    steps: tuple[int, ...] = ()
+    """Other numbers of steps; the table has a row of SAM for each. 0 is the start alone."""
     edit: str | None = None
     """The direction whose effect is measured: the name of one in edits_folder, or a file. Default: the demo's
     blue_car."""
@@ -56,6 +58,8 @@ class Arguments(Options):
 def check(args: Arguments) -> None:
     """Raises a `UserError` for numbers that cannot be used."""
     check_seed(args.scene_seed, "--scene_seed")
+    if any(steps < 0 for steps in args.steps):
+        raise UserError(f"--steps takes numbers of at least 0, not {' '.join(map(str, args.steps))}")
     for flag, values in {"thresholds": args.thresholds, "edit_strength": (args.edit_strength,)}.items():
         if not all(map(math.isfinite, values)):
             raise UserError(f"--{flag} takes finite numbers, not {' '.join(map(str, values))}")
@@ -71,12 +75,14 @@ def main(args: Arguments) -> None:
     folder = cli.output_directory(args.output_path)
 
     evaluate = functools.partial(
-        evaluation.evaluate, sam, thresholds=thresholds, direction=direction, strength=args.edit_strength
-    )
-    settings = evaluation.fingerprint(sam, thresholds, direction, args.edit_strength)
+        evaluation.evaluate, sam, thresholds=thresholds, steps=args.steps, direction=direction,
+        strength=args.edit_strength,
+    )  # fmt: skip
+    settings = evaluation.fingerprint(sam, thresholds, args.steps, direction, args.edit_strength)
     rows = evaluation.run(examples, evaluate, folder, settings, evaluation.read_rows)
 
-    steps = f"{sam.config.num_opt_steps} steps at {sam.config.lr:g} with LPIPS-{sam.config.lpips_type}"
+    final = f", the last {sam.config.final_steps} with LPIPS-vgg" if sam.config.final_steps else ""
+    steps = f"{sam.config.num_opt_steps} steps at {sam.config.lr:g} with LPIPS-{sam.config.lpips_type}{final}"
     shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
     caption = evaluation.caption(args.images, len(rows), f"{steps}, threshold {shown}")
     text = evaluation.table(rows, caption)

@@ -177,11 +177,13 @@ def evaluate(
     pipeline: Pipeline,
     example: Example,
     thresholds: Sequence[float] = (),
+    steps: Sequence[int] = (),
     *,
     direction: np.ndarray | None = None,
     strength: float = 2.0,
 ) -> dict[str, Row]:
-    """The rows of one image: inversion in each layer alone if maps are measured, and SAM at each threshold.
+    """The rows of one image: inversion in each layer alone if maps are measured, SAM at each threshold, and SAM with
+    other numbers of steps at the first threshold.
 
     The error maps are measured by the same inversions in single layers with which SAM is compared.
 
@@ -189,6 +191,7 @@ def evaluate(
       pipeline: as returned by `load`.
       example: the image.
       thresholds: thresholds of SAM; the category's if empty.
+      steps: numbers of steps, in addition to the usual one; 0 for the start alone.
       direction: [num_ws, w_dim] of the edit whose effect is measured; None for no edit.
       strength: strength of the edit.
 
@@ -202,6 +205,9 @@ def evaluate(
     swept = pipeline.sweep(dataclasses.replace(known, singles={}), chosen, on_progress=_silent)
     titles = ["SAM"] if len(chosen) == 1 else [f"SAM {threshold:g}" for threshold in chosen]
     found |= dict(zip(titles, swept, strict=True))
+    for count in steps:
+        shorter = pipeline.invert(known, threshold=chosen[0], num_opt_steps=count, on_progress=_silent)
+        found[f"SAM, {count} steps"] = shorter
     return {name: _row(pipeline, item, example.region, direction, strength) for name, item in found.items()}
 
 
@@ -219,10 +225,14 @@ def _row(
 
 
 def means(rows: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
-    """The mean of each method over images; `rows` maps image and method to a row."""
+    """The mean of each method over images, with the median of seconds, in which compilation of the first image hardly
+    shows; `rows` maps image and method to a row."""
     methods = next(iter(rows.values()))
     values = {name: [dataclasses.astuple(by_method[name]) for by_method in rows.values()] for name in methods}
-    return {name: Row(*np.mean(value, axis=0).tolist()) for name, value in values.items()}
+    return {
+        name: dataclasses.replace(Row(*np.mean(value, axis=0).tolist()), seconds=float(np.median(value, axis=0)[-1]))
+        for name, value in values.items()
+    }
 
 
 def table(rows: Mapping[str, Mapping[str, Row]], caption: str) -> str:

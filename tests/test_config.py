@@ -34,7 +34,7 @@ def test_presets_name_a_schedule_that_single_options_override():
 
     assert config(preset="reference") == config()  # a generator of one's own takes the authors' schedule
     fast = config(preset="fast")
-    assert (fast.num_opt_steps, fast.lr, fast.lr_rampup_length) == (340, 0.2, 0.0)
+    assert (fast.num_opt_steps, fast.final_steps, fast.lr, fast.lpips_type) == (60, 12, 0.2, "alex")
     assert config(preset="fast", lr=0.1) == dataclasses.replace(fast, lr=0.1)
     assert config(lambda_mse=2.0, lpips_type="alex").lambda_mse == 2.0
 
@@ -78,7 +78,7 @@ def test_where_maps_and_start_come_from(options, start, maps):
         (dataclasses.replace(OWN, invertibility="predicted"), "--inv_model_path"),
         (Options(threshold=float("nan")), "--threshold must be a finite number"),
         (Options(lr=float("inf")), "--lr must be a finite number"),
-        (Options(num_opt_steps=0), "num_opt_steps must be at least 1"),
+        (Options(num_opt_steps=-1), "num_opt_steps must be at least 0"),
         (Options(batch_size=0), "batch_size must be at least 1"),
         (Options(invertibility_steps=0), "--invertibility_steps must be at least 1"),
         (Options(threshold=-0.1), "--threshold must be a finite number, 0 or more"),
@@ -104,7 +104,7 @@ def test_options_that_cannot_be_meant(options, message):
     ("given", "message"),
     [
         ({"preset": "bogus"}, "--preset must be reference or fast, not 'bogus'"),
-        ({"start": "bogus"}, "--start must be mean, best or encoder, not 'bogus'"),
+        ({"start": "bogus"}, "--start must be mean, best, encoder or learned, not 'bogus'"),
         ({"segmenter": "bogus"}, "--segmenter must be felzenszwalb, slic, ade20k, bisenet or mask_rcnn"),
         ({"noise": None}, "--noise must be random, const or none, not None"),
         ({"latent_names": ("W+", "F4")}, "--latent_names must be text, not"),

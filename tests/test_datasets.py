@@ -24,8 +24,12 @@ def labels(data, tmp_path_factory) -> datasets.Labels:
     """The left and the right half of every image."""
     folder = tmp_path_factory.mktemp("labels")
     halves = np.repeat(np.array([[3, 7]]), 8, axis=1).repeat(16, axis=0)
-    datasets.cache_segments(folder, data, (16, 16), lambda _: halves)
+    datasets.cache_segments(folder, paths(data), (16, 16), lambda _: halves)
     return lambda name: datasets.read_labels(folder, (16, 16), name)
+
+
+def paths(data: datasets.Dataset) -> dict[str, Path]:
+    return {example.name: example.image for example in data.examples}
 
 
 def drawn(data, labels, start: int, stop: int, **options) -> list[np.ndarray]:
@@ -43,7 +47,7 @@ def test_segments_are_numbered_from_zero_and_found_once(data, labels, tmp_path):
         return np.zeros((16, 16), int)
 
     for _ in range(2):
-        datasets.cache_segments(tmp_path, data, (16, 16), segment)
+        datasets.cache_segments(tmp_path, paths(data), (16, 16), segment)
     assert len(calls) == 5
     (tmp_path / "p3.png").unlink()
     with pytest.raises(UserError, match="p3"):

@@ -40,17 +40,19 @@ def test_a_directory_gives_a_table_and_is_resumed(inputs, tmp_path, capsys):
         gan_weights=inputs / "own.safetensors",
         output_path=tmp_path / "out",
         thresholds=(0.3, 2.0),
+        steps=(0,),
         num_opt_steps=2,
         lpips_type="alex",
         edit=str(inputs / "up.npy"),
     )
     evaluate.main(args)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert list(table["mean"]) == ["W+", "F4", "F6", "SAM 0.3", "SAM 2"]
+    assert list(table["mean"]) == ["W+", "F4", "F6", "SAM 0.3", "SAM 2", "SAM, 0 steps"]
     # At threshold 2 every segment takes W+: the same inversion as W+'s own.
     for figure in ("psnr", "ssim", "lpips", "edit"):
         assert table["mean"]["SAM 2"][figure] == pytest.approx(table["mean"]["W+"][figure], rel=1e-4)
     assert all(row["seconds"] > 0 for row in table["mean"].values())
+    assert table["mean"]["SAM, 0 steps"]["psnr"] < table["mean"]["SAM 0.3"]["psnr"]
     printed = capsys.readouterr().out
     assert "| SAM 2 |" in printed
     assert "2 images of images; 2 steps at 0.05 with LPIPS-alex, threshold 0.3, 2; " in printed

@@ -13,13 +13,33 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("samjax", "ckpt_convert")
 PROGRAMS = sorted((ROOT / "experiments").rglob("*.py"))
-THIN = ("invert", "invert_folder", "evaluate", "evaluate_learned", "generate", "train_encoder", "train_invertibility")
+THIN = (
+    "invert",
+    "invert_folder",
+    "evaluate",
+    "evaluate_learned",
+    "generate",
+    "train_encoder",
+    "train_offsets",
+    "train_invertibility",
+)
 """Programs of at most 120 lines: arguments, one or two calls of the library, saving."""
 
 LEVELS = (
     {"errors", "nets", "batching"},
     {"latents", "config", "layer_selection", "losses", "inversion", "editing", "metrics", "io"},
-    {"driver", "analysis", "segmentation", "runtime", "demo", "generation", "directions", "testing", "loading"},
+    {
+        "driver",
+        "analysis",
+        "learned_start",
+        "segmentation",
+        "runtime",
+        "demo",
+        "generation",
+        "directions",
+        "testing",
+        "loading",
+    },
     {"results"},
     {"pipeline", "report"},
     {"session", "evaluation", "training", "notebook", "cli"},

@@ -110,7 +110,7 @@ def test_other_settings_in_the_same_folder_are_refused(inputs, finished):
         ({"latent_names": "W+,F10"}, "F10"),
         ({"image_category": "cars"}, "512 px"),
         ({"edits_folder": Path("nowhere")}, "nowhere"),
-        ({"num_opt_steps": 0}, "num_opt_steps"),
+        ({"num_opt_steps": -1}, "num_opt_steps"),
         ({"gan_weights": None, "image_category": "faces"}, "3 files of the category faces cannot be found"),
         ({"start": "encoder"}, "--e4e_path"),
         ({"invertibility": "predicted"}, "--inv_model_path"),

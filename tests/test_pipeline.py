@@ -368,7 +368,7 @@ def test_wrong_images_segments_and_arrays_are_refused(sam, image, labels, maps, 
         ({"threshold": -1}, "the threshold must be a finite number, 0 or more, not -1"),
         ({"num_opt_steps": "3"}, "num_opt_steps must be an integer"),
         ({"directory": 3}, "directory must be a path, not 3"),
-        ({"num_opt_steps": 0}, "num_opt_steps must be at least 1"),
+        ({"num_opt_steps": -1}, "num_opt_steps must be at least 0"),
         ({"segments": np.zeros((64, 64), int)}, "segments can be given with an image only"),
     ],
 )

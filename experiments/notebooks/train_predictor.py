@@ -29,13 +29,13 @@
 # an hour on two CPU cores: 46 seconds an image (five layers of 100 steps), and 1.25 seconds a step of the predictor's
 # training. A step of an encoder's training takes 2.5 seconds.
 #
-# For a generator of the usual size (config-f, 256 px) an image takes 5 x 340 steps:
+# For a generator of the usual size (config-f, 256 px) an image takes 5 x 60 steps:
 #
 # | | a step | an image |
 # |---|--:|--:|
-# | two hardware threads of one CPU core, measured | 1.32 s | 37 min |
-# | T4 GPU, estimated | 0.11 s | 3 min |
-# | one TPU v5e chip, estimated | 0.03 s | 48 s |
+# | two hardware threads of one CPU core, measured | 1.32 s | 7 min |
+# | T4 GPU, estimated | 0.11 s | 33 s |
+# | one TPU v5e chip, estimated | 0.03 s | 9 s |
 #
 # The estimates are those of `docs/scale.md`: the operations or the bytes of a step, whichever take longer, at 30% of a
 # device's stated peaks (T4: 8.1 TFLOP/s, 320 GB/s). A free runtime ends after some hours: keep `OUTPUT` in Google
@@ -49,7 +49,7 @@ GENERATOR = None  # path of your StyleGAN2: .pkl, .pt, .safetensors, or a conver
 IMAGES = None  # directory of images, dozens at least; None: scenes of the demo
 
 SCENES = 24  # number of scenes to draw for the demo
-INVERSION_STEPS = None  # steps of each inversion; None: 100 for the demo, 340 for other generators
+INVERSION_STEPS = None  # steps of each inversion; None: 100 for the demo, 60 for other generators
 TRAIN_ENCODER = False  # True: trains an encoder first, on the same images
 ENCODER_STEPS = 300  # steps of encoder training
 PREDICTOR_STEPS = 300  # steps of predictor training

@@ -50,7 +50,7 @@ class DirectoryOptions:
     fit: Fit = "stretch"
     """How an image of another aspect ratio is fitted to the category's size."""
     preset: Preset | None = None
-    """The schedule: "reference" is the authors', "fast" takes a third of its steps. Default: the category's."""
+    """The schedule: "reference" is the authors', "fast" takes 60 steps. Default: the category's."""
     num_opt_steps: int | None = None
     """Adam steps of each inversion. Default: the preset's if one is given, otherwise the category's, at most 501."""
     precision: Precision | None = None

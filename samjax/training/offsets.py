@@ -269,7 +269,8 @@ def step(
         updates, optimizer_state = optimizer(config).update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     # At first the average is over all steps so far, so that the initial weights do not stay in it.
-    decay = jnp.minimum(config.average, (state.step + 1) / (state.step + 10.0))
+    taken = state.step.astype(jnp.float32)
+    decay = jnp.minimum(config.average, (taken + 1.0) / (taken + 10.0))
     average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.variables["params"], params)
     variables = {"params": average, "batch_stats": state.variables["batch_stats"]}
     return TrainState(variables, params, optimizer_state, state.step + 1), metrics

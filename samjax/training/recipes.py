@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -233,6 +234,8 @@ class OffsetOptions(loop.LoopOptions):
     """Images in a batch over all devices and machines."""
     passes: int = 2
     """Passes of the network over each image."""
+    latent_names: str | None = None
+    """Latent layers, separated by commas, such as W+,F6 for a network of one F layer. Default: all of the generator."""
     lr: float = 1e-3
     """Learning rate of Adam, which rises in the first 100 steps and falls along a cosine."""
     lambda_f_rec: float | None = None
@@ -254,8 +257,8 @@ class OffsetOptions(loop.LoopOptions):
         return Options(
             image_category=self.image_category, weights=self.weights, gan_weights=self.gan_weights,
             e4e_path=self.e4e_path, class_idx=self.class_idx, segmenter=self.segmenter, lpips_type=self.lpips_type,
-            lambda_f_rec=self.lambda_f_rec, lambda_delta=self.lambda_delta, invertibility="measured", start="encoder",
-            generate_edits=False,
+            lambda_f_rec=self.lambda_f_rec, lambda_delta=self.lambda_delta, latent_names=self.latent_names,
+            invertibility="measured", start="encoder", generate_edits=False,
         )  # fmt: skip
 
 
@@ -264,6 +267,8 @@ def _new_offsets(options: OffsetOptions, pipeline: Pipeline) -> tuple[OffsetEnco
     layers = [layer for layer in pipeline.layers if layer.resolution is not None]
     resolutions = tuple(layer.resolution for layer in layers if layer.resolution is not None)
     preset = OFFSET_PRESETS[options.preset]
+    if any(high != 2 * low for low, high in itertools.pairwise(resolutions)) or not resolutions:
+        raise UserError("--latent_names must list W+ and one or more F layers, without one in between left out")
     config = OffsetEncoderConfig(
         resolutions, tuple(layer.channels for layer in layers), *pipeline.layers_shape,
         widths=tuple(preset["widths"][r] for r in resolutions), blocks=preset["blocks"],
