@@ -99,7 +99,8 @@ class InversionConfig:
     Attributes:
       num_opt_steps: Adam steps; 0 for the start alone.
       final_steps: how many of them, the last ones, use LPIPS-VGG whatever `lpips_type` is, at `final_lr` and with new
-        moments. AlexNet's features are quick to approach and blind to fine noise; a few steps with VGG remove it.
+        moments, and move W+ at a fifth of the rate. AlexNet's features are quick to approach and blind to fine noise;
+        a few steps with VGG remove it.
       final_lr: learning rate at the first of these steps; it falls along half a cosine.
       lr: highest learning rate; see `samjax.losses.learning_rate` for the schedule.
       lr_rampdown_length, lr_rampup_length: fractions of the run in which the learning rate falls and rises.

@@ -138,11 +138,8 @@ def run(
     program = structure(generator, config)
     items = items._replace(seeds=np.asarray(items.seeds))
     check_items(program, items)
-    if not config.num_opt_steps:
-        nothing = np.zeros((0, items.targets.shape[0]), np.float32)
-        return {name: jnp.asarray(value) for name, value in items.start.items()}, Terms(*[nothing] * len(Terms._fields))
     divide, replicate = _placement(devices, config.batch_size)
-    parts = _stages(generator, networks, config, items.targets.shape[1:3], replicate)
+    parts = _parts(generator, networks, config, items.targets.shape[1:3], replicate)
     count, num_steps = items.targets.shape[0], config.num_opt_steps
     batches = list(batching.rows(count, config.batch_size))
     clock = _Clock(len(batches), num_steps)
@@ -232,8 +229,8 @@ class _NotFinite(Exception):
         self.latents, self.step, self.items = latents, step, items
 
 
-class _Stage(NamedTuple):
-    """A part of a run, with the parameters as its program takes them."""
+class _Part(NamedTuple):
+    """A stage of a run, with its program and the parameters as that takes them."""
 
     program: Structure
     networks: Networks
@@ -242,18 +239,18 @@ class _Stage(NamedTuple):
     end: int
 
 
-def _stages(
+def _parts(
     generator: StyleGAN2Config,
     networks: Networks,
     config: InversionConfig,
     size: tuple[int, int],
     replicate: Callable[[Any], Any],
-) -> list[_Stage]:
+) -> list[_Part]:
     """The stages of a run; weights that two have in common are prepacked once."""
     made, packed = [], None
-    for first, stage in stages(config):
-        program = structure(generator, stage)
-        perceptual = networks.lpips if stage.lpips_type == config.lpips_type else networks.vgg
+    for stage in stages(config):
+        program = structure(generator, stage.config)
+        perceptual = networks.lpips if stage.config.lpips_type == config.lpips_type else networks.vgg
         if perceptual is None:
             raise ValueError("final steps need the parameters of LPIPS-VGG")
         own = networks._replace(vgg=None, lpips=perceptual)
@@ -261,11 +258,12 @@ def _stages(
             packed = replicate(prepack(program, own, size))
         else:
             packed = packed._replace(lpips=replicate(prepack_lpips(program, own.lpips, size)))
-        made.append(_Stage(program, packed, hyperparameters(stage, first), first, stage.num_opt_steps))
+        hyper = hyperparameters(stage.config, stage.first, stage.style_rate)
+        made.append(_Part(program, packed, hyper, stage.first, stage.end))
     return made
 
 
-def _chunks(parts: Sequence[_Stage], items: Items, state: State) -> Iterator[tuple[State, Terms]]:
+def _chunks(parts: Sequence[_Part], items: Items, state: State) -> Iterator[tuple[State, Terms]]:
     """Runs the rest of all stages; after each chunk, yields the state and the terms of its steps, as host arrays."""
     for part in parts:
         if int(state.step) < part.end:
@@ -274,7 +272,7 @@ def _chunks(parts: Sequence[_Stage], items: Items, state: State) -> Iterator[tup
                 yield state, terms
 
 
-def _steps(part: _Stage, items: Items, state: State) -> Iterator[tuple[State, Terms]]:
+def _steps(part: _Part, items: Items, state: State) -> Iterator[tuple[State, Terms]]:
     """Runs the rest of a stage; yields as `_chunks`."""
     good = jax.tree.map(jnp.copy, state.latents)
     while (before := int(state.step)) < part.end:

@@ -92,12 +92,17 @@ class State(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of an `InversionConfig` that a compiled program takes as arguments; arrays [].
+    """The numbers that a compiled program takes as arguments; arrays [].
 
-    Steps are counted from `first_step`, which is 0 except in the final steps, to `num_opt_steps`.
+    Those without a description are of the `InversionConfig`.
+
+    Attributes:
+      first_step: the first step of this stage, from which its schedule counts.
+      style_rate: learning rate of W+, relative to that of the offsets.
     """
 
     first_step: Array
+    style_rate: Array
     num_opt_steps: Array
     lr: Array
     lr_rampdown_length: Array
@@ -144,24 +149,46 @@ def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
     )
 
 
-def hyperparameters(config: InversionConfig, first_step: int = 0) -> Hyperparameters:
+_FINAL_STYLE_RATE = 0.2
+"""`style_rate` in final steps: at the full rate LPIPS-VGG moves W+ so far from W that edits lose strength."""
+
+
+def hyperparameters(config: InversionConfig, first_step: int = 0, style_rate: float = 1.0) -> Hyperparameters:
     """The part of the settings that the program takes as arguments."""
-    numbers = (first_step, *(getattr(config, name) for name in Hyperparameters._fields[1:]))
+    numbers = (first_step, style_rate, *(getattr(config, name) for name in Hyperparameters._fields[2:]))
     return Hyperparameters(*(jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32) for x in numbers))
 
 
-def stages(config: InversionConfig) -> list[tuple[int, InversionConfig]]:
-    """The parts of a run, each with its first step and its settings, whose `num_opt_steps` is the step after its last.
+class Stage(NamedTuple):
+    """A part of a run.
 
-    >>> [(first, one.num_opt_steps, one.lpips_type) for first, one in stages(InversionConfig(9, 2, lpips_type="alex"))]
+    Attributes:
+      first: its first step.
+      end: the step after its last one.
+      config: its settings.
+      style_rate: see `Hyperparameters`.
+    """
+
+    first: int
+    end: int
+    config: InversionConfig
+    style_rate: float
+
+
+def stages(config: InversionConfig) -> list[Stage]:
+    """The parts of a run: the steps with the settings' own network and schedule, and the final steps.
+
+    >>> [(one.first, one.end, one.config.lpips_type) for one in stages(InversionConfig(9, 2, lpips_type="alex"))]
     [(0, 7, 'alex'), (7, 9, 'vgg')]
     """
-    first = max(config.num_opt_steps - config.final_steps, 0)
-    found = [(0, dataclasses.replace(config, num_opt_steps=first))]
+    end = config.num_opt_steps
+    first = max(end - config.final_steps, 0)
     final = dataclasses.replace(
         config, lpips_type="vgg", lr=config.final_lr, lr_rampdown_length=1.0, lr_rampup_length=0.0
     )
-    return [(start, stage) for start, stage in (*found, (first, final)) if stage.num_opt_steps > start]
+    usual = dataclasses.replace(config, num_opt_steps=first)
+    found = (Stage(0, first, usual, 1.0), Stage(first, end, final, _FINAL_STYLE_RATE))
+    return [stage for stage in found if stage.end > stage.first]
 
 
 def init(items: Items) -> State:
@@ -229,7 +256,8 @@ def step(
         state.step - hyper.first_step, hyper.num_opt_steps - hyper.first_step, hyper.lr, hyper.lr_rampdown_length,
         hyper.lr_rampup_length,
     )  # fmt: skip
-    latents = jax.tree.map(lambda x, update: x - rate * update, state.latents, updates)
+    rates = {name: rate * hyper.style_rate if name == "W+" else rate for name in state.latents}
+    latents = jax.tree.map(lambda x, rate, update: x - rate * update, state.latents, rates, updates)
     assert isinstance(optimizer, optax.ScaleByAdamState)
     return State(latents, optimizer, state.step + 1, jnp.all(jnp.isfinite(terms.total))), terms
 

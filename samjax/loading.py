@@ -59,7 +59,7 @@ def load(
     roles = required_roles(options, segmenter=not segments_given)
     found = {role: registry.find_converted(category.name, role) for role in roles}
     if generator is None:
-        generator = checkpoints.load_generator(found.get("generator", demo.GENERATOR))
+        generator = checkpoints.load_generator(found["generator"]) if "generator" in found else demo.load_generator()
     encoder = offsets = predictor = None
     if category.start in ("encoder", "learned"):
         encoder = _learned("e4e", options.e4e_path or found.get("encoder"))
@@ -86,7 +86,7 @@ def load(
 def _learned(network: str, path: Path | None) -> LoadedNetwork:
     """The learned network at a path; without one, the demo's."""
     embedded = {"e4e": demo.ENCODER, "offsets": demo.OFFSETS, "invertibility": demo.PREDICTOR}
-    return checkpoints.load_network(path or embedded[network], network)
+    return checkpoints.load_network(path or embedded[network], network, trusted=path is None)
 
 
 def _segmenter(name: str, options: Options, found: Path | None) -> segmentation.Segmenter:

@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny):
     assert_same(done.latents, whole.latents)
 
 
-def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny):
+def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny, monkeypatch):
     items, vgg = tiny_items(2), random_lpips("vgg")
     networks, still = tiny._replace(vgg=vgg), dataclasses.replace(QUICK, noise="const")  # random noise counts steps
     config = dataclasses.replace(still, num_opt_steps=8, final_steps=3, final_lr=0.02)
@@ -251,10 +251,15 @@ def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny):
     alone = dataclasses.replace(
         still, num_opt_steps=3, lpips_type="vgg", lr=0.02, lr_rampup_length=0.0, lr_rampdown_length=1.0
     )
+    monkeypatch.setattr(inversion, "_FINAL_STYLE_RATE", 1.0)
+    quick = run(TINY, networks, items, config)
     states = driver.starting_states(items, first.latents, alone)
     last = run(TINY, tiny._replace(lpips=vgg), items, alone, states=states)
-    np.testing.assert_array_equal(whole.terms.total[5:], last.terms.total)
-    assert_same(whole.latents, last.latents)
+    np.testing.assert_array_equal(quick.terms.total[5:], last.terms.total)
+    assert_same(quick.latents, last.latents)
+    monkeypatch.undo()
+    moved = lambda found: float(np.abs(found.latents["W+"] - first.latents["W+"]).mean())  # noqa: E731
+    assert 0 < moved(whole) < 0.3 * moved(quick)
 
     for _, state in seen:  # resumed within either stage, or between them
         assert_same(run(TINY, networks, items, config, states={0: state}).latents, whole.latents)
@@ -267,6 +272,9 @@ def test_no_step_at_all_gives_the_start(tiny):
     found = run(TINY, tiny, items, dataclasses.replace(QUICK, num_opt_steps=0))
     assert_same(found.latents, dict(items.start))
     assert found.terms.total.shape == (0, 3)
+    elsewhere = {name: np.asarray(value) + 1 for name, value in items.start.items()}
+    none = dataclasses.replace(QUICK, num_opt_steps=0)
+    assert_same(run(TINY, tiny, items, none, states=driver.starting_states(items, elsewhere, none)).latents, elsewhere)
 
 
 def test_steps_beyond_the_end_do_nothing(tiny):

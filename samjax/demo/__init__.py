@@ -32,7 +32,7 @@ SEGMENT_NAMES = dict(enumerate((*scenes.LABELS, "in front", "backdrop")))
 
 def load_generator() -> checkpoints.LoadedNetwork:
     """The demo's StyleGAN2: 256 px images, w of 128 entries; its z are the factors of `scenes.FACTORS`."""
-    return checkpoints.load_generator(GENERATOR)
+    return checkpoints.load_network(GENERATOR, "generator", trusted=True)
 
 
 def hard_scenes(count: int, *, key: Array, resolution: int = 256) -> scenes.Scene:

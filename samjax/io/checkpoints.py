@@ -558,10 +558,11 @@ def _parse_metadata(path: Path, metadata: Mapping[str, str], network: str) -> tu
     return config, manifest if isinstance(manifest, dict) else {}
 
 
-def _load_safetensors(path: Path, network: str) -> LoadedNetwork:
+def _load_safetensors(path: Path, network: str, *, trusted: bool = False) -> LoadedNetwork:
     flat, metadata = read_safetensors(path)
     config, manifest = _parse_metadata(path, metadata, network)
-    _check_shapes(config, flat, str(path))
+    if not trusted:
+        _check_shapes(config, flat, str(path))
     if odd := [name for name, array in flat.items() if str(array.dtype) not in _DTYPES]:
         raise UserError(f"{path} holds arrays that are not of floating-point numbers: {compact(odd)}")
     return LoadedNetwork(config, to_device(flat), manifest)
@@ -570,12 +571,14 @@ def _load_safetensors(path: Path, network: str) -> LoadedNetwork:
 # --- either ---
 
 
-def load_network(path: str | Path, network: str) -> LoadedNetwork:
+def load_network(path: str | Path, network: str, *, trusted: bool = False) -> LoadedNetwork:
     """Loads a network.
 
     Args:
       path: a directory written by `save_network` (or `python -m ckpt_convert`), or a file by `save_safetensors`.
       network: the expected kind, a key of `NETWORKS`.
+      trusted: for files inside the package: the shapes of the arrays are not compared with the config, for which the
+        network would have to be traced.
 
     Returns:
       Config, float32 arrays on the default device, and the manifest.
@@ -584,7 +587,7 @@ def load_network(path: str | Path, network: str) -> LoadedNetwork:
       UserError: if it is missing, damaged, incomplete, or holds something else.
     """
     path = _converted(path)
-    return _load_directory(path, network) if path.is_dir() else _load_safetensors(path, network)
+    return _load_directory(path, network) if path.is_dir() else _load_safetensors(path, network, trusted=trusted)
 
 
 def load_config(path: str | Path, network: str) -> Any:
