@@ -57,11 +57,14 @@ def test_a_generator_of_ones_own_has_its_own_sizes():
 @pytest.mark.parametrize(
     ("options", "start", "maps"),
     [
-        (Options(), "encoder", "predicted"),  # the demo has both networks
+        (Options(), "learned", "predicted"),  # the demo has all networks
         (OWN, "mean", "measured"),
         (dataclasses.replace(OWN, image_category="demo"), "mean", "measured"),  # which know the demo's generator only
         (dataclasses.replace(OWN, e4e_path=Path("e"), inv_model_path=Path("p")), "encoder", "predicted"),
+        (dataclasses.replace(OWN, e4e_path=Path("e"), offsets_path=Path("o")), "learned", "measured"),
+        (Options(e4e_path=Path("e")), "encoder", "predicted"),  # for which the demo's offset encoder was not trained
         (dataclasses.replace(OWN, image_category="cars"), "encoder", "predicted"),
+        (Options(image_category="cars", offsets_path=Path("o")), "learned", "predicted"),
         (Options(image_category="faces", start="best", invertibility="measured"), "best", "measured"),
     ],
 )
@@ -75,6 +78,10 @@ def test_where_maps_and_start_come_from(options, start, maps):
     [
         (Options(image_category="custom"), "--gan_weights"),
         (dataclasses.replace(OWN, start="encoder"), "--e4e_path"),
+        (dataclasses.replace(OWN, start="learned"), "--start learned needs --e4e_path"),
+        (dataclasses.replace(OWN, start="learned", e4e_path=Path("e")), "--start learned needs --offsets_path"),
+        (Options(image_category="cars", start="learned"), "--start learned needs --offsets_path"),
+        (dataclasses.replace(OWN, start_latent=Path("w"), offsets_path=Path("o")), "leave them out"),
         (dataclasses.replace(OWN, invertibility="predicted"), "--inv_model_path"),
         (Options(threshold=float("nan")), "--threshold must be a finite number"),
         (Options(lr=float("inf")), "--lr must be a finite number"),

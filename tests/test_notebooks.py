@@ -265,6 +265,7 @@ def check_training(done: NotebookNode, directory: Path, networks: dict[str, str]
     assert 0 < inverted["metrics"]["SAM"]["LPIPS"] < 1
 
 
+@pytest.mark.slow  # its parts are tested in test_train_encoder, test_invert_folder and test_train_invertibility
 def test_train_for_a_generator(execute, tmp_path, golden_dir):
     given = tmp_path / "given"
     given.mkdir()

@@ -50,7 +50,8 @@ def measure(scenes: int, directory: Path, device: str) -> dict[Policy, Quality]:
 
 
 def _evaluate(policy: Policy, scenes: int, output: Path) -> Quality:
-    flags = {**policy._asdict(), "scenes": scenes, "output_path": output}
+    # Official weights have no learned start.
+    flags = {**policy._asdict(), "start": "encoder", "scenes": scenes, "output_path": output}
     options = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     if code := subprocess.run([sys.executable, str(PROGRAM), *options], stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"evaluate.py {' '.join(options)} ended with code {code}")

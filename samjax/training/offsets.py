@@ -43,6 +43,8 @@ class TrainConfig:
       lambda_lpips: weight of the LPIPS of the images.
       lambda_f_rec: weight of the squared offsets.
       lambda_delta: weight of the distance between the styles. The defaults of these four are the inversion's.
+      lambda_style: weight of the squared correction of W+, relative to the variance of W. Without it some images move
+        far out of W, where edits lose strength.
       lpips_type: LPIPS network of the loss.
       lpips_crop: pixels a side of the random part of each image on which LPIPS is computed; 0 for whole images. Half
         the size takes a quarter of the time.
@@ -59,6 +61,7 @@ class TrainConfig:
     lambda_lpips: float = 1.0
     lambda_f_rec: float = 5.0
     lambda_delta: float = 1e-3
+    lambda_style: float = 0.02
     lpips_type: lpips.Net = "vgg"
     lpips_crop: int = 0
     average: float = 0.995
@@ -108,6 +111,7 @@ class Metrics(NamedTuple):
     lpips: Array
     f_rec: Array
     delta: Array
+    style: Array
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -184,11 +188,13 @@ def _terms(
     config: TrainConfig,
     networks: Networks,
     latents: Mapping[str, Array],
+    start: Mapping[str, Array],
+    style_scale: Array,
     masks: Mapping[str, Array],
     images: Array,
     corner: Array | None,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Squared error, LPIPS, squared offsets and distance of the styles of each image, [B] each; and the images made."""
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """The terms of each image, [B] each, in the order of `total`; and the images made."""
     height, width = images.shape[1:3]
     made = synthesize_latents(generator, networks.generator, latents, masks).image
     made = losses.comparable(made, max(height, width), height, width)
@@ -203,16 +209,18 @@ def _terms(
     zeros = {name: jnp.zeros_like(value) for name, value in latents.items()}
     masked = {name: value * masks.get(name, 1.0) for name, value in latents.items()}
     offsets = losses.offset_distance(masked, zeros) + jnp.zeros_like(mse)
-    return mse, perceptual, offsets, losses.delta(latents["W+"]), made
+    moved = losses.mean_squares(latents["W+"] / style_scale, start["W+"] / style_scale)
+    return mse, perceptual, offsets, losses.delta(latents["W+"]), moved, made
 
 
-def total(config: TrainConfig, mse: Any, perceptual: Any, f_rec: Any, delta: Any) -> Any:
+def total(config: TrainConfig, mse: Any, perceptual: Any, f_rec: Any, delta: Any, style: Any) -> Any:
     """The loss, of arrays or numbers: the weighted sum of its terms."""
     return (
         config.lambda_mse * mse
         + config.lambda_lpips * perceptual
         + config.lambda_f_rec * f_rec
         + config.lambda_delta * delta
+        + config.lambda_style * style
     )
 
 
@@ -252,6 +260,8 @@ def step(
             most = jnp.array([height, width]) - config.lpips_crop + 1
             corners = [jax.random.randint(jax.random.fold_in(keys[1], i), (2,), 0, most) for i in range(network.passes)]
 
+        scale = state.variables["batch_stats"]["style_scale"]
+
         def objective(params: Any) -> tuple[Array, Metrics]:
             variables = {"params": params, "batch_stats": state.variables["batch_stats"]}
             latents, loss, means = start, jnp.zeros(()), []
@@ -259,8 +269,8 @@ def step(
                 latents = learned_start.correct(
                     network, variables, generator, networks.generator, images, masks, latents
                 )
-                terms = _terms(generator, config, networks, latents, masks, images, corner)
-                means = [jnp.mean(term) for term in terms[:4]]
+                terms = _terms(generator, config, networks, latents, start, scale, masks, images, corner)
+                means = [jnp.mean(term) for term in terms[:5]]
                 loss += total(config, *means)
             return loss, Metrics(loss, *means)
 
@@ -286,7 +296,7 @@ def evaluate(
     variables: Variables,
     batch: Batch,
     key: Array,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array, Array]:
     """Compares images with those that the generator makes of their latents, after all passes.
 
     Args:
@@ -300,18 +310,19 @@ def evaluate(
       key: random key of the layers.
 
     Returns:
-      Squared error, LPIPS of whole images, squared offsets and distance of the styles of each image, [B] each; and the
-      images made, at the size of the batch's.
+      Squared error, LPIPS of whole images, squared offsets, distance of the styles and squared correction of W+ of each
+      image, [B] each; and the images made, at the size of the batch's.
     """
     names, images = _names(network), batch.images
     with jax.default_matmul_precision("highest"):
         masks = random_masks(config, names, batch.segments, max(images.shape[1:3]), key)
-        latents = _start(generator, names, encoder, frozen.encoder, images)
+        latents = start = _start(generator, names, encoder, frozen.encoder, images)
+        scale = variables["batch_stats"]["style_scale"]
         for _ in range(network.passes):
             latents = learned_start.correct(
                 network, variables, generator, frozen.networks.generator, images, masks, latents
             )
-        return _terms(generator, config, frozen.networks, latents, masks, images, None)
+        return _terms(generator, config, frozen.networks, latents, start, scale, masks, images, None)
 
 
 def _names(network: OffsetEncoderConfig) -> tuple[str, ...]:

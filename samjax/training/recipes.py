@@ -242,6 +242,8 @@ class OffsetOptions(loop.LoopOptions):
     """Weight of the squared offsets. Default: the category's."""
     lambda_delta: float | None = None
     """Weight of the distance between the styles of an image. Default: the category's."""
+    lambda_style: float = 0.02
+    """Weight of the squared correction of W+."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """LPIPS network of the loss. Default: the category's."""
     lpips_crop: int = 0
@@ -249,7 +251,7 @@ class OffsetOptions(loop.LoopOptions):
 
     def check(self) -> None:
         super().check()
-        check_least(self, {"lambda_f_rec": 0, "lambda_delta": 0, "lpips_crop": 0, "passes": 1})
+        check_least(self, {"lambda_f_rec": 0, "lambda_delta": 0, "lambda_style": 0, "lpips_crop": 0, "passes": 1})
         check_positive(self, ("lr",))
 
     def pipeline_options(self) -> Options:
@@ -312,7 +314,8 @@ def train_offsets(options: OffsetOptions, *, open_output: Callable[[Path], Path]
     config = offsets.TrainConfig(
         num_steps=options.total_steps(counts["train"]), lr=options.lr, seed=options.seed,
         lambda_mse=inversion.lambda_mse, lambda_lpips=inversion.lambda_lpips, lambda_f_rec=inversion.lambda_f_rec,
-        lambda_delta=inversion.lambda_delta, lpips_type=inversion.lpips_type, lpips_crop=options.lpips_crop,
+        lambda_delta=inversion.lambda_delta, lambda_style=options.lambda_style, lpips_type=inversion.lpips_type,
+        lpips_crop=options.lpips_crop,
     )  # fmt: skip
     size = pipeline.category.target_size
     _check_settings(open_output(options.output_folder), {
@@ -352,7 +355,7 @@ def train_offsets(options: OffsetOptions, *, open_output: Callable[[Path], Path]
                 given = multihost_utils.process_allgather(batch.images, tiled=True)
                 figure = report.pairs_figure(given[:8], made[:8], ("Image", "Learned start"))
         means = np.concatenate(rows)[: counts["val"]].mean(0).tolist()
-        named = dict(zip(("val_mse", "val_lpips", "val_f_rec", "val_delta"), means, strict=True))
+        named = {f"val_{name}": mean for name, mean in zip(offsets.Metrics._fields[1:], means, strict=True)}
         return {"val_loss": float(offsets.total(config, *means)), **named}, figure
 
     trained = loop.run(options, loop.Job(
