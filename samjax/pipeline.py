@@ -570,6 +570,43 @@ class Pipeline:
             class_idx=self.options.class_idx,
         )[0]  # fmt: skip
 
+    def start_latents(
+        self, targets: np.ndarray, ws: np.ndarray, masks: Mapping[str, Any], learned: Sequence[bool] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Where the latents of all layers start.
+
+        Args:
+          targets: [N, h, w, 3] in [-1, 1].
+          ws: [N, num_ws, w_dim], where W+ starts.
+          masks: {"F4": [N, 16, 16, 1], ...}.
+          learned: [N], whether the offset encoder corrects W+ and finds the offsets, which otherwise are zero; the
+            category's choice for all if None.
+
+        Returns:
+          {"W+": [N, num_ws, w_dim], "F4": [N, 16, 16, C], ...}.
+
+        Raises:
+          UserError: the pipeline has no offset encoder.
+        """
+        start = {name: np.array(value) for name, value in init_latents(self.layers, jnp.asarray(ws)).items()}
+        chosen = [self.category.start == "learned"] * len(ws) if learned is None else learned
+        rows = np.flatnonzero(chosen)
+        if not rows.size:
+            return start
+        if self.offsets is None:
+            raise UserError(
+                "the analysis has the learned start, and this pipeline has no offset encoder: analyze again"
+            )
+        of_rows = lambda arrays: {name: np.asarray(value)[rows] for name, value in arrays.items()}  # noqa: E731
+        found = learned_start.learned_latents(
+            self.offsets.config, self.offsets.params, self.generator.config, self.generator.params,
+            targets[rows], of_rows(masks), of_rows(start),
+            noise=self.config.stored_noise, precision=self.config.matmul_precision, batch_size=self.config.batch_size,
+        )  # fmt: skip
+        for name, value in found.items():
+            start[name][rows] = value
+        return start
+
     def _chosen_start(self, start: StartLike | None, image: str | Path) -> tuple[Any, np.ndarray | None]:
         """The kind of start that the caller or the options choose, and the code [num_ws, w_dim] if they give one."""
         if start is None and not self._codes:
@@ -750,24 +787,8 @@ class Pipeline:
 
     def _start_latents(self, known: Sequence[Analysis], masks: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Where the latents of N analyzed images start, with masks [N, ...]; [N, ...] each."""
-        latents = init_latents(self.layers, jnp.asarray(np.stack([one.ws for one in known])))
-        start = {name: np.array(value) for name, value in latents.items()}
-        rows = [i for i, one in enumerate(known) if one.ws_from == "learned"]
-        if not rows:
-            return start
-        if self.offsets is None:
-            raise UserError(
-                "the analysis has the learned start, and this pipeline has no offset encoder: analyze again"
-            )
-        of_rows = lambda arrays: {name: np.asarray(value)[rows] for name, value in arrays.items()}  # noqa: E731
-        learned = learned_start.learned_latents(
-            self.offsets.config, self.offsets.params, self.generator.config, self.generator.params,
-            np.stack([known[i].target for i in rows]), of_rows(masks), of_rows(start),
-            noise=self.config.stored_noise, precision=self.config.matmul_precision, batch_size=self.config.batch_size,
-        )  # fmt: skip
-        for name, value in learned.items():
-            start[name][rows] = value
-        return start
+        targets, ws = np.stack([one.target for one in known]), np.stack([one.ws for one in known])
+        return self.start_latents(targets, ws, masks, [one.ws_from == "learned" for one in known])
 
     def _measured(self, known: Analysis, directory: str | Path | None, on_progress: OnProgress | None) -> Analysis:
         """`known` with maps measured by an inversion in each layer, or read from `directory`."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -18,7 +17,7 @@ from samjax.config import CategoryName, Fit, InversionConfig, Options, Precision
 from samjax.errors import UserError
 from samjax.inversion import Items
 from samjax.io import files, images, provenance
-from samjax.latents import init_latents, single_layer_masks
+from samjax.latents import single_layer_masks
 from samjax.pipeline import Pipeline
 
 
@@ -38,9 +37,12 @@ class DirectoryOptions:
     """Class of the images, for a generator with classes. Default: all classes."""
     e4e_path: Path | None = None
     """An e4e encoder, converted or as distributed. Default: the category's."""
+    offsets_path: Path | None = None
+    """An offset encoder, for the start "learned". Default: the demo's."""
     start: Start | None = None
-    """Where W+ starts: at the mean style, at the best of 256 samples by LPIPS, or at the encoder's code. Default: the
-    category's, or encoder with e4e_path."""
+    """Where latents start: W+ at the mean style, at the best of 256 samples by LPIPS, or at the encoder's code; or all
+    layers at what an offset encoder finds from that code ("learned"). Default: the category's, learned with
+    offsets_path, or encoder with e4e_path."""
     image_folder: Path = Path("images")
     """Directory of the images."""
     output_path: Path = Path("output/single_layers")
@@ -223,10 +225,10 @@ def _invert_all(batch: list[_Item], options: DirectoryOptions, pipeline: Pipelin
     generator, networks, layers = pipeline.generator.config, pipeline.networks, pipeline.layers
     chosen = [item.layer for item in batch]
     masks: dict[str, Any] = {name: np.asarray(mask)[chosen] for name, mask in single_layer_masks(layers).items()}
-    start = init_latents(layers, jnp.asarray(np.stack([item.ws for item in batch])))
+    targets = np.stack([item.target for item in batch])
+    start = pipeline.start_latents(targets, np.stack([item.ws for item in batch]), masks)
     # The noise of an item does not depend on the other items of its batch.
     seeds = [zlib.crc32(f"{options.seed}/{item.path.stem}/{item.layer}".encode()) for item in batch]
-    targets = np.stack([item.target for item in batch])
     items = Items(targets, masks, start, np.asarray(seeds))
     latents, _ = driver.run(generator, networks, items, config, devices=jax.local_devices())
     rendered = driver.render(
