@@ -224,6 +224,7 @@ class Category:
       start: where latents start: W+ at the mean style, at the best of some samples, at the encoder's code, or at a code
         that is given; or all layers at what the offset encoder finds from that code.
       config: default settings of its inversions.
+      learned: the same with the learned start; those of `config` if None.
       official: whether the authors of SAM distribute networks for it.
 
     Raises:
@@ -240,6 +241,7 @@ class Category:
     invertibility: Invertibility = "measured"
     start: Start | Literal["given"] = "mean"
     config: InversionConfig = InversionConfig()
+    learned: InversionConfig | None = None
     official: bool = False
 
     def __post_init__(self) -> None:
@@ -249,6 +251,11 @@ class Category:
         thresholds = (self.threshold, *self.threshold_range)
         if len(thresholds) != 3 or not all(is_finite(value) and value >= 0 for value in thresholds):
             raise ValueError(f"threshold and threshold_range cannot be {shown(thresholds)}: they are 0 or more")
+
+    @property
+    def settings(self) -> InversionConfig:
+        """Default settings of inversions from its start."""
+        return self.learned if self.start == "learned" and self.learned is not None else self.config
 
     @classmethod
     def for_resolution(cls, resolution: int) -> Category:
@@ -280,23 +287,25 @@ CATEGORIES = {
         _official("cars", 512, "ade20k", target_size=(192, 256)),
         _official("faces", 1024, "bisenet"),
         _official("cats", 256, "mask_rcnn", threshold_range=(0.2, 0.45)),
-        # The learned start leaves little to do: a laptop's CPU takes seconds. The offsets of its narrow generator have
-        # to grow larger than those of config-f before they show, so they cost less.
+        # AlexNet's LPIPS and few, large steps: a laptop's CPU runs the demo in a minute or two. The offsets of its
+        # narrow generator have to grow larger than those of config-f before they show, so they cost less. The learned
+        # start leaves less to do, and its offsets are large already.
         Category(
             "demo",
             256,
             threshold=0.35,  # chosen on hard scenes that no table shows: `evaluate.py --scene_seed 2`
             threshold_range=(0.2, 0.5),
             invertibility="predicted",
-            start="learned",
-            config=InversionConfig(
+            start="encoder",
+            config=InversionConfig(num_opt_steps=100, lr=0.1, lambda_f_rec=0.5, lpips_type="alex"),
+            learned=InversionConfig(
                 num_opt_steps=30,
                 final_steps=6,
                 lr=0.1,
                 lr_rampdown_length=0.5,
                 lr_rampup_length=0.0,
                 beta2=0.99,
-                lambda_f_rec=0.5,
+                lambda_f_rec=3.0,
                 lpips_type="alex",
             ),
         ),
@@ -481,10 +490,7 @@ def resolve_category(
     learned = known if category.official or not generator else None
     if options.start_latent is not None and (options.start is not None or encoder or offsets):
         raise UserError("--start_latent replaces --start, --e4e_path and --offsets_path: leave them out")
-    usual = learned.start if learned else "mean"
-    if usual == "learned" and encoder and not offsets:
-        usual = "encoder"  # the demo's offset encoder was trained with the demo's encoder only
-    start = options.start or ("learned" if offsets else "encoder" if encoder and usual == "mean" else usual)
+    start = options.start or ("learned" if offsets else "encoder" if encoder else learned.start if learned else "mean")
     start = "given" if options.start_latent is not None else start
     maps = options.invertibility or ("predicted" if predictor else learned.invertibility if learned else "measured")
     for wanted, given, flag in (
@@ -493,7 +499,8 @@ def resolve_category(
     ):
         if wanted and not given and not learned:
             raise UserError(f"{flag}: the category {name} has no such network")
-    if start == "learned" and not offsets and (learned is None or learned.start != "learned" or encoder):
+    # The demo's offset encoder was trained with the demo's encoder.
+    if start == "learned" and not offsets and (learned is None or learned.learned is None or encoder):
         raise UserError("--start learned needs --offsets_path, which experiments/train_offsets.py makes")
     threshold = category.threshold if options.threshold is None else options.threshold
     return dataclasses.replace(
@@ -625,7 +632,7 @@ def resolve(
             f" {devices}"
         )
     try:
-        config = with_preset(category.config, options.preset)
+        config = with_preset(category.settings, options.preset)
         config = dataclasses.replace(config, **given, loss_resolution=max(category.target_size))
     except ValueError as error:  # which begins with the name of the option
         raise UserError(f"--{error}") from error

@@ -146,7 +146,7 @@ def load(options: Options, *, segments_given: bool = False, notify: Callable[[st
     Raises:
       UserError: as `Pipeline.from_options`.
     """
-    schedule = with_preset(resolve_category(options).config, options.preset)
+    schedule = with_preset(resolve_category(options).settings, options.preset)
     steps = options.invertibility_steps or options.num_opt_steps or schedule.num_opt_steps
     options = dataclasses.replace(options, invertibility_steps=steps)
     return Pipeline.from_options(options, segments_given=segments_given, notify=notify)

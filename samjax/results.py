@@ -116,8 +116,10 @@ class Inversion:
                 "layers": self.analysis.layers,
                 "generator": self.generator,
                 "fingerprint": self.fingerprint,
-                "category": {k: v for k, v in dataclasses.asdict(self.category).items() if k != "config"},
-                "category_config": self.category.config,
+                "category": {
+                    k: v for k, v in dataclasses.asdict(self.category).items() if k not in ("config", "learned")
+                },
+                "category_config": self.category.settings,
                 "config": self.config,
                 "measure_steps": self.measure_steps,
                 "threshold": self.threshold,

@@ -212,8 +212,8 @@ def test_other_files_are_no_converted_networks(tmp_path):
 
 def test_names_of_networks_have_an_article():
     assert [kind.one for kind in checkpoints.NETWORKS.values()] == [
-        "a generator", "an e4e encoder", "an invertibility predictor", "an ADE20K segmenter", "a face parser",
-        "a Mask R-CNN",
+        "a generator", "an e4e encoder", "an invertibility predictor", "an offset encoder", "an ADE20K segmenter",
+        "a face parser", "a Mask R-CNN",
     ]  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def test_a_generator_of_ones_own_has_its_own_sizes():
 @pytest.mark.parametrize(
     ("options", "start", "maps"),
     [
-        (Options(), "learned", "predicted"),  # the demo has all networks
+        (Options(), "encoder", "predicted"),  # the demo has all networks
+        (Options(start="learned"), "learned", "predicted"),
         (OWN, "mean", "measured"),
         (dataclasses.replace(OWN, image_category="demo"), "mean", "measured"),  # which know the demo's generator only
         (dataclasses.replace(OWN, e4e_path=Path("e"), inv_model_path=Path("p")), "encoder", "predicted"),
