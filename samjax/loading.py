@@ -63,7 +63,9 @@ def load(
     encoder = offsets = predictor = None
     if category.start in ("encoder", "learned"):
         encoder = _learned("e4e", options.e4e_path or found.get("encoder"))
-    if category.start == "learned":
+    # The demo's own is always at hand, for single images that ask for the learned start.
+    demos = category.name == "demo" and not own and options.e4e_path is None and encoder is not None
+    if category.start == "learned" or demos:
         offsets = _learned("offsets", options.offsets_path)
     if category.invertibility == "predicted":
         predictor = _learned("invertibility", options.inv_model_path or found.get("invertibility"))

@@ -561,8 +561,8 @@ class Pipeline:
         kind = kind or ("encoder" if self.encoder is not None else usual)
         if kind in ("encoder", "learned"):
             if self.encoder is None or (kind == "learned" and self.offsets is None):
-                lacking = "encoder: give --e4e_path" if self.encoder is None else "offset encoder: give --offsets_path"
-                raise UserError(f"the start {kind!r} is not possible without an {lacking}")
+                lacking = "encoder (e4e_path)" if self.encoder is None else "offset encoder (offsets_path)"
+                raise UserError(f"the start {kind!r} is not possible: this pipeline has no {lacking}")
             return analysis.encode(self.encoder.config, self.encoder.params, target[None])[0]
         key = jax.random.fold_in(jax.random.key(self.options.seed), 1)
         return analysis.start_latents(
@@ -686,7 +686,7 @@ class Pipeline:
             **({} if self.options.class_idx is None else {"class_idx": self.options.class_idx}),
             **({"start_latent": provenance.fingerprint(self._codes)} if self._codes else {}),
             "encoder": _source(self.encoder),
-            **({} if self.offsets is None else {"offsets": _source(self.offsets)}),
+            **({"offsets": _source(self.offsets)} if self.category.start == "learned" else {}),
             "invertibility": self.category.invertibility,
             "measure_steps": self.measure_steps if self.predictor is None else None,
             "predictor": _source(self.predictor),
@@ -1014,6 +1014,7 @@ class Pipeline:
             **self.settings,
             "target": provenance.fingerprint(known.target),
             "start": known.ws_from,
+            **({"offsets": _source(self.offsets)} if known.ws_from == "learned" else {}),
             **({"ws": provenance.fingerprint(known.ws)} if known.ws_from == "given" else {}),
             "segments": [known.segments_from, self.options.swap_channels]
             if known.segments_from != "given"

@@ -129,11 +129,23 @@ def test_without_steps_the_result_is_the_learned_start(pipeline):
     np.testing.assert_array_equal(both[1].latents["F6"], result.latents["F6"])
 
 
+def test_the_demo_has_a_learned_start_for_single_images():
+    demo = Pipeline.from_pretrained("demo")
+    assert demo.category.start == "encoder"
+    assert demo.offsets is not None
+    assert "offsets" not in demo.settings  # its usual inversions do not depend on it
+    learned = Pipeline.from_pretrained("demo", start="learned")
+    assert (learned.config.num_opt_steps, learned.config.final_steps) == (30, 6)
+    assert "offsets" in learned.settings
+
+
 def test_networks_that_are_missing_or_of_another_generator_are_named(pipeline, params):
     generator = pipeline.generator
     plain = Pipeline(generator, encoder=pipeline.encoder, options=Options(lpips_type="alex", num_opt_steps=0))
     image = np.zeros((64, 64, 3), np.uint8)
-    with pytest.raises(UserError, match="'learned' is not possible without an offset encoder: give --offsets_path"):
+    with pytest.raises(
+        UserError, match=r"'learned' is not possible: this pipeline has no offset encoder \(offsets_path\)"
+    ):
         plain.analyze(image, start="learned")
     known = pipeline.analyze(image, maps=np.zeros((3, 64, 64)))
     with pytest.raises(UserError, match="this pipeline has no offset encoder"):
