@@ -149,6 +149,9 @@ def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
     )
 
 
+_FINAL_LPIPS: Literal["vgg"] = "vgg"
+"""The network of final steps: that of published figures, and of the authors' loss."""
+
 _FINAL_STYLE_RATE = 0.2
 """`style_rate` in final steps: at the full rate LPIPS-VGG moves W+ so far from W that edits lose strength."""
 
@@ -184,7 +187,7 @@ def stages(config: InversionConfig) -> list[Stage]:
     end = config.num_opt_steps
     first = max(end - config.final_steps, 0)
     final = dataclasses.replace(
-        config, lpips_type="vgg", lr=config.final_lr, lr_rampdown_length=1.0, lr_rampup_length=0.0
+        config, lpips_type=_FINAL_LPIPS, lr=config.final_lr, lr_rampdown_length=1.0, lr_rampup_length=0.0
     )
     usual = dataclasses.replace(config, num_opt_steps=first)
     found = (Stage(0, first, usual, 1.0), Stage(first, end, final, _FINAL_STYLE_RATE))

@@ -236,9 +236,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tiny):
     assert_same(done.latents, whole.latents)
 
 
-def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny, monkeypatch):
-    items, vgg = tiny_items(2), random_lpips("vgg")
-    networks, still = tiny._replace(vgg=vgg), dataclasses.replace(QUICK, noise="const")  # random noise counts steps
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])  # VGG compiles for long
+def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny, net, monkeypatch):
+    monkeypatch.setattr(inversion, "_FINAL_LPIPS", net)
+    items, perceptual = tiny_items(2), random_lpips(net)
+    still = dataclasses.replace(QUICK, noise="const")  # random noise counts steps
+    networks = tiny._replace(vgg=random_lpips("vgg"))
     config = dataclasses.replace(still, num_opt_steps=8, final_steps=3, final_lr=0.02)
     seen = []
     keep = lambda p: seen.append((p.step, jax.tree.map(np.array, p.state)))  # noqa: E731
@@ -249,20 +252,22 @@ def test_final_steps_are_a_run_with_vgg_that_goes_on_from_the_first_steps(tiny, 
     first = run(TINY, tiny, items, dataclasses.replace(still, num_opt_steps=5))
     np.testing.assert_array_equal(whole.terms.total[:5], first.terms.total)
     alone = dataclasses.replace(
-        still, num_opt_steps=3, lpips_type="vgg", lr=0.02, lr_rampup_length=0.0, lr_rampdown_length=1.0
+        still, num_opt_steps=3, lpips_type=net, lr=0.02, lr_rampup_length=0.0, lr_rampdown_length=1.0
     )
     monkeypatch.setattr(inversion, "_FINAL_STYLE_RATE", 1.0)
     quick = run(TINY, networks, items, config)
     states = driver.starting_states(items, first.latents, alone)
-    last = run(TINY, tiny._replace(lpips=vgg), items, alone, states=states)
+    last = run(TINY, tiny._replace(lpips=perceptual), items, alone, states=states)
     np.testing.assert_array_equal(quick.terms.total[5:], last.terms.total)
     assert_same(quick.latents, last.latents)
-    monkeypatch.undo()
     moved = lambda found: float(np.abs(found.latents["W+"] - first.latents["W+"]).mean())  # noqa: E731
     assert 0 < moved(whole) < 0.3 * moved(quick)
 
+    monkeypatch.setattr(inversion, "_FINAL_STYLE_RATE", 0.2)
     for _, state in seen:  # resumed within either stage, or between them
         assert_same(run(TINY, networks, items, config, states={0: state}).latents, whole.latents)
+    monkeypatch.undo()
+    assert inversion.stages(config)[-1].config.lpips_type == "vgg"
     with pytest.raises(ValueError, match="final steps need"):
         run(TINY, tiny, items, config)
 

@@ -249,6 +249,6 @@ def test_the_option_and_what_is_resumed(pipeline, image, tmp_path):
 
 def test_options_that_exclude_each_other():
     for other in ({"start": "mean"}, {"e4e_path": Path("e4e")}):
-        with pytest.raises(UserError, match="--start_latent replaces --start and --e4e_path"):
+        with pytest.raises(UserError, match="--start_latent replaces --start, --e4e_path and --offsets_path"):
             resolve_category(Options(start_latent=Path("codes.pt"), **other))
     assert resolve_category(Options("cars", start_latent=Path("codes.pt"))).start == "given"
