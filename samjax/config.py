@@ -151,9 +151,9 @@ class InversionConfig:
 
     def __post_init__(self) -> None:
         check_types(self, _hints(type(self)))
-        for name in ("num_opt_steps", "final_steps", "loss_resolution", "batch_size", "chunk_steps"):
+        lowest = {"num_opt_steps": 0, "final_steps": 0, "loss_resolution": 1, "batch_size": 1, "chunk_steps": 1}
+        for name, least in lowest.items():
             value = getattr(self, name)
-            least = 0 if name.endswith("_steps") and name != "chunk_steps" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {shown(value)}")
             if value is not None and value > _MOST:
@@ -196,13 +196,14 @@ def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConf
     large forms, and 12 with LPIPS-VGG. It was chosen on hard scenes of the demo (`experiments/evaluate.py --scene_seed
     2`). With None, `config` keeps its own.
     """
-    names = ("num_opt_steps", "final_steps", "lr", "final_lr", "lr_rampdown_length", "lr_rampup_length", "beta2")
     if preset is None:
         return config
-    if preset == "reference":
-        return dataclasses.replace(config, **{name: getattr(InversionConfig(), name) for name in names})
-    fast = InversionConfig(60, 12, lr=0.2, lr_rampup_length=0.0)
-    return dataclasses.replace(config, **{name: getattr(fast, name) for name in names}, lpips_type="alex")
+    names = ["num_opt_steps", "final_steps", "lr", "final_lr", "lr_rampdown_length", "lr_rampup_length", "beta2"]
+    schedule = InversionConfig()
+    if preset == "fast":
+        schedule = InversionConfig(60, 12, lr=0.2, lr_rampup_length=0.0, lpips_type="alex")
+        names.append("lpips_type")  # the authors' schedule leaves the network to the category
+    return dataclasses.replace(config, **{name: getattr(schedule, name) for name in names})
 
 
 # --- categories ---
@@ -487,20 +488,20 @@ def resolve_category(
     known = CATEGORIES.get(name)
     category = known or Category.for_resolution(256)
     # The demo's encoder and predictor were trained for the demo's generator only.
-    learned = known if category.official or not generator else None
+    own = known if category.official or not generator else None
     if options.start_latent is not None and (options.start is not None or encoder or offsets):
         raise UserError("--start_latent replaces --start, --e4e_path and --offsets_path: leave them out")
-    start = options.start or ("learned" if offsets else "encoder" if encoder else learned.start if learned else "mean")
+    start = options.start or ("learned" if offsets else "encoder" if encoder else own.start if own else "mean")
     start = "given" if options.start_latent is not None else start
-    maps = options.invertibility or ("predicted" if predictor else learned.invertibility if learned else "measured")
+    maps = options.invertibility or ("predicted" if predictor else own.invertibility if own else "measured")
     for wanted, given, flag in (
         (start in ("encoder", "learned"), encoder, f"--start {start} needs --e4e_path"),
         (maps == "predicted", predictor, "--invertibility predicted needs --inv_model_path"),
     ):
-        if wanted and not given and not learned:
+        if wanted and not given and not own:
             raise UserError(f"{flag}: the category {name} has no such network")
     # The demo's offset encoder was trained with the demo's encoder.
-    if start == "learned" and not offsets and (learned is None or learned.learned is None or encoder):
+    if start == "learned" and not offsets and (own is None or own.learned is None or encoder):
         raise UserError("--start learned needs --offsets_path, which experiments/train_offsets.py makes")
     threshold = category.threshold if options.threshold is None else options.threshold
     return dataclasses.replace(

@@ -27,6 +27,7 @@ from samjax.inversion import (
     Hyperparameters,
     Items,
     Networks,
+    Stage,
     State,
     Structure,
     Terms,
@@ -235,8 +236,7 @@ class _Part(NamedTuple):
     program: Structure
     networks: Networks
     hyper: Hyperparameters
-    first: int
-    end: int
+    stage: Stage
 
 
 def _parts(
@@ -259,23 +259,23 @@ def _parts(
         else:
             packed = packed._replace(lpips=replicate(prepack_lpips(program, own.lpips, size)))
         hyper = hyperparameters(stage.config, stage.first, stage.style_rate)
-        made.append(_Part(program, packed, hyper, stage.first, stage.end))
+        made.append(_Part(program, packed, hyper, stage))
     return made
 
 
 def _chunks(parts: Sequence[_Part], items: Items, state: State) -> Iterator[tuple[State, Terms]]:
     """Runs the rest of all stages; after each chunk, yields the state and the terms of its steps, as host arrays."""
     for part in parts:
-        if int(state.step) < part.end:
+        if int(state.step) < part.stage.end:
             prepared = prepare(part.program, part.networks, items)
-            for state, terms in _steps(part, prepared, begin_stage(state, part.first)):  # noqa: B020
+            for state, terms in _steps(part, prepared, begin_stage(state, part.stage.first)):  # noqa: B020
                 yield state, terms
 
 
 def _steps(part: _Part, items: Items, state: State) -> Iterator[tuple[State, Terms]]:
     """Runs the rest of a stage; yields as `_chunks`."""
     good = jax.tree.map(jnp.copy, state.latents)
-    while (before := int(state.step)) < part.end:
+    while (before := int(state.step)) < part.stage.end:
         start = jax.tree.map(jnp.copy, state.latents)
         state, chunk = run_chunk(part.program, part.networks, items, part.hyper, state)
         done = int(state.step) - before

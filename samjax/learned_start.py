@@ -39,14 +39,6 @@ def check(config: OffsetEncoderConfig, generator: StyleGAN2Config) -> None:
         )
 
 
-def _square(images: Array) -> Array:
-    """Letterboxes images [N, h, w, 3] to a square with zeros."""
-    height, width = images.shape[1:3]
-    size = max(height, width)
-    top, left = (size - height) // 2, (size - width) // 2
-    return jnp.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0)))
-
-
 def gradient_inputs(
     generator: StyleGAN2Config, params: Params, targets: Array, masks: Masks, latents: Latents,
     noise: Noise = "const",
@@ -103,8 +95,9 @@ def correct(
     images, features, gradient = jax.lax.stop_gradient(
         gradient_inputs(generator, params, targets, masks, latents, noise)
     )
+    square = functools.partial(losses.letterbox, size=max(targets.shape[1:3]))
     styles, offsets = offset_encoder.correct(
-        variables, _square(targets), _square(images), latents["W+"], gradient["W+"], features, by_resolution(gradient),
+        variables, square(targets), square(images), latents["W+"], gradient["W+"], features, by_resolution(gradient),
         by_resolution(masks), config,
     )  # fmt: skip
     changes = {"W+": styles, **{name: offsets[RESOLUTIONS[name]] for name in latents if name != "W+"}}

@@ -129,8 +129,16 @@ def reduce_area(images: Array, size: int) -> Array:
     return jnp.mean(images.reshape(n, size, factor, size, factor, channels), axis=(2, 4))
 
 
+def letterbox(images: Array, size: int, value: float = 0.0) -> Array:
+    """Pads images to a square with `value`, equally on both ends; [N, h, w, C] to [N, size, size, C]."""
+    height, width = images.shape[1:3]
+    top, left = (size - height) // 2, (size - width) // 2
+    around = ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))
+    return jnp.pad(images, around, constant_values=value)
+
+
 def crop_letterbox(images: Array, height: int, width: int) -> Array:
-    """Removes the rows (or columns) of letterboxing, equally on both ends; [N, R, R, C] to [N, height, width, C]."""
+    """Removes the rows (or columns) that `letterbox` adds; [N, R, R, C] to [N, height, width, C]."""
     top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
     return images[:, top : top + height, left : left + width]
 

@@ -27,6 +27,7 @@ from samjax.nets import e4e, lpips, stylegan2
 from samjax.nets.blocks import Variables
 from samjax.nets.e4e import E4EConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
+from samjax.training import schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +88,7 @@ class Metrics(NamedTuple):
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """The schedule of the learning rate: half a cosine over the run, times a linear warm-up."""
-    steps = max(config.warmup, 1)
-    warmup = optax.linear_schedule(1 / steps, 1.0, steps - 1)
-    cosine = optax.cosine_decay_schedule(config.lr, config.num_steps)
-    return lambda count: warmup(count) * cosine(jnp.asarray(count, jnp.float32))
+    return schedules.warmup_cosine(config.lr, config.num_steps, config.warmup)
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:

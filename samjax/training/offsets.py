@@ -27,6 +27,7 @@ from samjax.nets.blocks import Variables
 from samjax.nets.e4e import E4EConfig
 from samjax.nets.offset_encoder import OffsetEncoderConfig
 from samjax.nets.stylegan2 import StyleGAN2Config
+from samjax.training import schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +117,7 @@ class Metrics(NamedTuple):
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """The schedule of the learning rate: half a cosine over the run, times a linear warm-up."""
-    steps = max(config.warmup, 1)
-    warmup = optax.linear_schedule(1 / steps, 1.0, steps - 1)
-    cosine = optax.cosine_decay_schedule(config.lr, config.num_steps)
-    return lambda count: warmup(count) * cosine(jnp.asarray(count, jnp.float32))
+    return schedules.warmup_cosine(config.lr, config.num_steps, config.warmup)
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -167,17 +165,15 @@ def random_masks(
     Returns:
       {"F4": [B, 16, 16, 1], ...} in [0, 1].
     """
-    count, (height, width) = segments.shape[0], segments.shape[1:]
+    count = segments.shape[0]
     keys = jax.random.split(key, 3)
     each = jax.random.randint(keys[0], (count, config.max_segments), 0, len(names))
     same = jax.random.uniform(keys[1], (count, 1)) < config.single
     each = jnp.where(same, jax.random.randint(keys[2], (count, 1), 0, len(names)), each)
     layer_maps = jnp.take_along_axis(each, (segments % config.max_segments).reshape(count, -1), axis=1)
-    top, left = (size - height) // 2, (size - width) // 2
-    around = ((0, 0), (top, size - height - top), (left, size - width - left))
-    layer_maps = jnp.pad(layer_maps.reshape(segments.shape), around, constant_values=-1)
+    layer_maps = losses.letterbox(layer_maps.reshape(*segments.shape, 1), size, -1)
     return {
-        name: losses.reduce_area((layer_maps == i).astype(jnp.float32)[..., None], RESOLUTIONS[name])
+        name: losses.reduce_area((layer_maps == i).astype(jnp.float32), RESOLUTIONS[name])
         for i, name in enumerate(names)
         if name != "W+"
     }
