@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,28 @@ PREDICTOR_PRESETS = {
 
 PREDICTOR_LEARNING_RATES = {"full": 1e-4, "small": 1e-2}
 """Learning rate of each preset. That of "full" is the authors', who start with pretrained weights."""
+
+
+def _compare(
+    batches: Iterable[Any], evaluate: Callable[[int, Any], Any], images_of: Callable[[Any], Any], count: int, title: str
+) -> tuple[list[float], np.ndarray]:
+    """Means of metrics over validation images, and a figure of the first images beside those that were made.
+
+    Args:
+      batches: batches of `count` images; a last one may repeat its last image.
+      evaluate: maps number and batch to metrics [B] each, and the images made.
+      images_of: the images of a batch.
+      count: number of images.
+      title: title of the images made.
+    """
+    rows, figure = [], np.zeros((1, 1, 3), np.uint8)
+    for i, batch in enumerate(batches):
+        *terms, made = multihost_utils.process_allgather(evaluate(i, batch), tiled=True)
+        rows.append(np.stack(terms, 1))
+        if i == 0:
+            given = multihost_utils.process_allgather(images_of(batch), tiled=True)
+            figure = report.pairs_figure(given[:8], made[:8], ("Image", title))
+    return np.concatenate(rows)[:count].mean(0).tolist(), figure
 
 
 # --- encoder ---
@@ -169,15 +191,10 @@ def train_encoder(options: EncoderOptions, *, open_output: Callable[[Path], Path
             yield place.shard(images.to_float(images.to_gray(batch) if pipeline.gray else batch))
 
     def validate(variables: Any) -> tuple[dict[str, float], np.ndarray]:
-        rows, figure = [], np.zeros((1, 1, 3), np.uint8)
-        for i, batch in enumerate(batches(val_source, 0, -(-len(val_files) // options.batch_size))):
-            found = encoder.evaluate(network, generator, config, frozen, variables, batch)
-            *terms, made = multihost_utils.process_allgather(found, tiled=True)
-            rows.append(np.stack(terms, 1))
-            if i == 0:
-                given = multihost_utils.process_allgather(batch, tiled=True)
-                figure = report.pairs_figure(given[:8], made[:8], ("Image", "From its code"))
-        mse, perceptual, delta = np.concatenate(rows)[: len(val_files)].mean(0).tolist()
+        held_out = batches(val_source, 0, -(-len(val_files) // options.batch_size))
+        evaluate = lambda _, batch: encoder.evaluate(network, generator, config, frozen, variables, batch)  # noqa: E731
+        means, figure = _compare(held_out, evaluate, lambda batch: batch, len(val_files), "From its code")
+        mse, perceptual, delta = means
         loss = config.lambda_mse * mse + config.lambda_lpips * perceptual + config.lambda_delta * delta
         return {"val_loss": loss, "val_mse": mse, "val_lpips": perceptual, "val_delta": delta}, figure
 
@@ -345,16 +362,12 @@ def train_offsets(options: OffsetOptions, *, open_output: Callable[[Path], Path]
             yield place.shard(offsets.Batch(shown, segments.astype(np.int32)))
 
     def validate(variables: Any) -> tuple[dict[str, float], np.ndarray]:
-        rows, figure = [], np.zeros((1, 1, 3), np.uint8)
-        for i, batch in enumerate(batches(val_source, 0, -(-counts["val"] // options.batch_size))):
+        def evaluate(i: int, batch: Any) -> Any:
             key = jax.random.fold_in(jax.random.key(options.seed), i)
-            found = offsets.evaluate(network, e4e_config, generator, config, frozen, variables, batch, key)
-            *terms, made = multihost_utils.process_allgather(found, tiled=True)
-            rows.append(np.stack(terms, 1))
-            if i == 0:
-                given = multihost_utils.process_allgather(batch.images, tiled=True)
-                figure = report.pairs_figure(given[:8], made[:8], ("Image", "Learned start"))
-        means = np.concatenate(rows)[: counts["val"]].mean(0).tolist()
+            return offsets.evaluate(network, e4e_config, generator, config, frozen, variables, batch, key)
+
+        held_out = batches(val_source, 0, -(-counts["val"] // options.batch_size))
+        means, figure = _compare(held_out, evaluate, lambda batch: batch.images, counts["val"], "Learned start")
         named = {f"val_{name}": mean for name, mean in zip(offsets.Metrics._fields[1:], means, strict=True)}
         return {"val_loss": float(offsets.total(config, *means)), **named}, figure
 
