@@ -118,7 +118,7 @@ def prepare(options: Options, *, segmenter: bool = True, notify: Notify = print)
 
 
 def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify = lambda _: None) -> Path:
-    """Converts a file as its authors distribute it into the cache; any other path is returned as it is.
+    """Converts a file as its authors distribute it into the cache; a converted network is returned as it is.
 
     Args:
       path: path of the file.
@@ -132,7 +132,8 @@ def ready(path: Path, network: str, cache: Path | None = None, *, notify: Notify
     Raises:
       UserError: if the file is missing, damaged, or holds something else.
     """
-    if path.suffix not in (".pkl", ".pt", ".pth", ".ckpt") or path.is_dir():
+    suffix = path.suffix.lower()  # a file may have any: torch.save writes whatever it is told
+    if path.is_dir() or suffix == ".safetensors" or not (path.exists() or suffix in checkpoints.DISTRIBUTED):
         return path
     if not path.exists():
         raise UserError(f"{path} does not exist: give the path of a checkpoint file, or of a converted network")

@@ -7,8 +7,8 @@
 Prints a Markdown table of PSNR, SSIM, LPIPS (VGG), seconds, and how much of an edit remains: the change of color that
 it makes (for the demo inside the true car segment), relative to the inversion in W+. Writes the table, and the results
 of every image, to OUTPUT_PATH. Finished images are kept: the same command continues where it was stopped. If error maps
-are predicted rather than measured, which is the default of all categories, there are no inversions in single layers and
-the table shows SAM only.
+are predicted rather than measured, which is the default of all categories, only --single_layers adds the inversions in
+single layers.
 
 The first command takes 40 minutes on two CPU cores: W+ reaches LPIPS 0.270, the best single layer, F6, 0.226, and SAM
 0.169 with 101% of W+'s edit.
@@ -48,6 +48,8 @@ class Arguments(Options):
     --threshold."""
     steps: tuple[int, ...] = ()
     """Other numbers of steps; the table has a row of SAM for each. 0 is the start alone."""
+    single_layers: bool = False
+    """Also inverts in each layer alone if error maps are predicted."""
     edit: str | None = None
     """The direction whose effect is measured: the name of one in edits_folder, or a file. Default: the demo's
     blue_car."""
@@ -75,14 +77,16 @@ def main(args: Arguments) -> None:
     folder = cli.output_directory(args.output_path)
 
     evaluate = functools.partial(
-        evaluation.evaluate, sam, thresholds=thresholds, steps=args.steps, direction=direction,
-        strength=args.edit_strength,
+        evaluation.evaluate, sam, thresholds=thresholds, steps=args.steps, single_layers=args.single_layers,
+        direction=direction, strength=args.edit_strength,
     )  # fmt: skip
-    settings = evaluation.fingerprint(sam, thresholds, args.steps, direction, args.edit_strength)
+    choices = (thresholds, args.steps, args.single_layers, direction, args.edit_strength)
+    settings = evaluation.fingerprint(sam, *choices)
     rows = evaluation.run(examples, evaluate, folder, settings, evaluation.read_rows)
 
     final = f", the last {sam.config.final_steps} with LPIPS-vgg" if sam.config.final_steps else ""
-    steps = f"{sam.config.num_opt_steps} steps at {sam.config.lr:g} with LPIPS-{sam.config.lpips_type}{final}"
+    usual = "squared error" if sam.config.lpips_type == "none" else f"LPIPS-{sam.config.lpips_type}"
+    steps = f"{sam.config.num_opt_steps} steps at {sam.config.lr:g} with {usual}{final}"
     shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
     caption = evaluation.caption(args.images, len(rows), f"{steps}, threshold {shown}")
     text = evaluation.table(rows, caption)

@@ -22,7 +22,7 @@ from samjax import batching, driver, losses
 from samjax.config import InversionConfig
 from samjax.driver import OnProgress
 from samjax.errors import escaped
-from samjax.inversion import Items, Networks, Terms, structure, target_features
+from samjax.inversion import Items, Networks, Terms, lpips_features, structure
 from samjax.latents import Latents, init_latents, latent_layers, single_layer_masks
 from samjax.nets import deeplab, e4e, lpips, stylegan2
 from samjax.nets.blocks import Variables
@@ -172,7 +172,7 @@ def measure_maps(
     shared = {"precision": config.matmul_precision, "batch_size": config.batch_size}
     images = driver.render(generator, networks.generator, latents, masks, noise=config.stored_noise, **shared)
     params = networks.lpips if map_params is None else map_params
-    maps = spatial_maps(params, images, repeated, net=map_net or config.lpips_type, **shared)
+    maps = spatial_maps(params, images, repeated, net=map_net or config.net, **shared)
     by_target = lambda x: np.asarray(x).reshape(count, each, *x.shape[1:])  # noqa: E731
     by_layer = Terms(*(term.reshape(len(term), count, each) for term in terms))
     return by_target(maps), {name: by_target(value) for name, value in latents.items()}, by_layer
@@ -315,7 +315,7 @@ def start_latents(
     if key is None:
         raise ValueError("sampling needs a random key")
     size = structure(generator, config).loss_resolution
-    features = target_features(networks.lpips, jnp.asarray(targets), config.lpips_type, config.matmul_precision)
+    features = lpips_features(networks.lpips, jnp.asarray(targets), config.net, config.matmul_precision)
     best, chosen = np.full(count, np.inf), np.array(mean)
     for first in range(0, samples, batch_size):
         own = jax.random.fold_in(key, first)
@@ -325,7 +325,7 @@ def start_latents(
         psi = np.full((batch_size, 1, 1), truncation_psi, np.float32)
         psi[0] *= first > 0
         ws, distances = _candidates(
-            generator, networks, features, targets, z, labels, jnp.asarray(psi), size, config.lpips_type,
+            generator, networks, features, targets, z, labels, jnp.asarray(psi), size, config.net,
             config.matmul_precision,
         )  # fmt: skip
         distances = np.asarray(distances)[:, : samples - first]

@@ -23,6 +23,7 @@ CLASSICAL_SEGMENTERS = ("felzenszwalb", "slic")
 Invertibility = Literal["measured", "predicted"]
 Start = Literal["mean", "best", "encoder", "learned"]
 Preset = Literal["reference", "fast"]
+Perceptual = Literal["vgg", "alex", "none"]
 Precision = Literal["highest", "high", "default", "bfloat16"]
 Fit = Literal["stretch", "letterbox", "crop"]
 
@@ -32,6 +33,7 @@ _MOST = 2**31 - 1  # that a compiled program counts
 _RANGES = {
     "lr": "it is above 0",
     "final_lr": "it is above 0",
+    "layer_rate": "it is above 0",
     "beta1": "it is 0 or more, and below 1",
     "beta2": "it is 0 or more, and below 1",
 }
@@ -99,10 +101,12 @@ class InversionConfig:
     Attributes:
       num_opt_steps: Adam steps; 0 for the start alone.
       final_steps: how many of them, the last ones, use LPIPS-VGG whatever `lpips_type` is, at `final_lr` and with new
-        moments, and move W+ at a fifth of the rate. AlexNet's features are quick to approach and blind to fine noise;
-        a few steps with VGG remove it.
+        moments, and move W+ at a fifth of the rate. A squared error is cheap and quick to approach; it leaves blur, and
+        AlexNet's features fine noise, which a few steps with VGG remove.
       final_lr: learning rate at the first of these steps; it falls along half a cosine.
       lr: highest learning rate; see `samjax.losses.learning_rate` for the schedule.
+      layer_rate: learning rate of an F layer relative to that of the next coarser one. Adam moves every offset by about
+        the rate, and a finer layer has four times as many: from a start that is close already, it needs a lower rate.
       lr_rampdown_length, lr_rampup_length: fractions of the run in which the learning rate falls and rises.
       beta1, beta2: Adam's decay rates.
       lambda_mse, lambda_lpips: weights of the image terms.
@@ -111,7 +115,7 @@ class InversionConfig:
       lambda_mvg: weight of the prior on W+.
 
       latent_names: latent layers to optimize, the most editable first.
-      lpips_type: network of the perceptual term, "vgg" or "alex".
+      lpips_type: network of the perceptual term, "vgg" or "alex"; "none" leaves the term out of all but final steps.
       noise: the generator's noise during optimization: drawn anew at every step ("random"), the stored one, or none.
       loss_resolution: larger images are reduced to this size before they are compared.
       batch_size: items (targets with their masks) in one program.
@@ -131,6 +135,7 @@ class InversionConfig:
     final_steps: int = 0
     lr: float = 0.05
     final_lr: float = 0.1
+    layer_rate: float = 1.0
     lr_rampdown_length: float = 0.25
     lr_rampup_length: float = 0.05
     beta1: float = 0.9
@@ -142,7 +147,7 @@ class InversionConfig:
     lambda_mvg: float = 1e-8
 
     latent_names: tuple[str, ...] = LATENT_NAMES
-    lpips_type: Literal["vgg", "alex"] = "vgg"
+    lpips_type: Perceptual = "vgg"
     noise: Literal["random", "const", "none"] = "random"
     loss_resolution: int = 256
     batch_size: int = 1
@@ -163,6 +168,7 @@ class InversionConfig:
         inside = {
             "lr": self.lr > 0,
             "final_lr": self.final_lr > 0,
+            "layer_rate": self.layer_rate > 0,
             "beta1": 0 <= self.beta1 < 1,
             "beta2": 0 <= self.beta2 < 1,
         }
@@ -172,6 +178,11 @@ class InversionConfig:
             value = getattr(self, name)
             if not is_inside:  # nor if it is NaN
                 raise ValueError(f"{name} cannot be {shown(value)}: {_RANGES.get(name, 'it is 0 or more')}")
+
+    @property
+    def net(self) -> Literal["vgg", "alex"]:
+        """The LPIPS network of what needs one whatever the loss is: error maps, trainings, the best of samples."""
+        return "vgg" if self.lpips_type == "none" else self.lpips_type
 
     @property
     def half_precision(self) -> bool:
@@ -187,23 +198,6 @@ class InversionConfig:
     def stored_noise(self) -> Literal["const", "none"]:
         """The noise for images rendered from finished latents: never drawn anew."""
         return "none" if self.noise == "none" else "const"
-
-
-def with_preset(config: InversionConfig, preset: Preset | None) -> InversionConfig:
-    """`config` with the schedule of a preset.
-
-    "reference" is the authors' schedule. "fast" takes 60 steps: 48 with LPIPS-AlexNet at a high rate, which find the
-    large forms, and 12 with LPIPS-VGG. It was chosen on hard scenes of the demo (`experiments/evaluate.py --scene_seed
-    2`). With None, `config` keeps its own.
-    """
-    if preset is None:
-        return config
-    names = ["num_opt_steps", "final_steps", "lr", "final_lr", "lr_rampdown_length", "lr_rampup_length", "beta2"]
-    schedule = InversionConfig()
-    if preset == "fast":
-        schedule = InversionConfig(60, 12, lr=0.2, lr_rampup_length=0.0, lpips_type="alex")
-        names.append("lpips_type")  # the authors' schedule leaves the network to the category
-    return dataclasses.replace(config, **{name: getattr(schedule, name) for name in names})
 
 
 # --- categories ---
@@ -288,30 +282,50 @@ CATEGORIES = {
         _official("cars", 512, "ade20k", target_size=(192, 256)),
         _official("faces", 1024, "bisenet"),
         _official("cats", 256, "mask_rcnn", threshold_range=(0.2, 0.45)),
-        # AlexNet's LPIPS and few, large steps: a laptop's CPU runs the demo in a minute or two. The offsets of its
-        # narrow generator have to grow larger than those of config-f before they show, so they cost less. The learned
-        # start leaves less to do, and its offsets are large already.
+        # From the learned start a few steps with the squared error and fewer with LPIPS-VGG suffice. From elsewhere
+        # AlexNet's LPIPS and a hundred large steps: the offsets of the narrow generator have to grow larger than those
+        # of config-f before they show, so they cost less.
         Category(
             "demo",
             256,
             threshold=0.35,  # chosen on hard scenes that no table shows: `evaluate.py --scene_seed 2`
             threshold_range=(0.2, 0.5),
             invertibility="predicted",
-            start="encoder",
+            start="learned",
             config=InversionConfig(num_opt_steps=100, lr=0.1, lambda_f_rec=0.5, lpips_type="alex"),
             learned=InversionConfig(
                 num_opt_steps=30,
                 final_steps=6,
                 lr=0.1,
+                layer_rate=0.5,
                 lr_rampdown_length=0.5,
                 lr_rampup_length=0.0,
                 beta2=0.99,
+                lambda_mse=3.0,
                 lambda_f_rec=3.0,
-                lpips_type="alex",
+                lpips_type="none",
             ),
         ),
     )
 }
+
+
+def with_preset(category: Category, preset: Preset | None) -> InversionConfig:
+    """The settings of a category's inversions with the schedule of a preset.
+
+    "reference" is the authors' schedule. "fast" takes 60 steps: 48 with the squared error at a high rate, which find
+    the large forms, and 12 with LPIPS-VGG. It was chosen on hard scenes of the demo
+    (`experiments/evaluate.py --scene_seed 2`). Both are meant for any start. With None, the category has its own.
+    """
+    if preset is None:
+        return category.settings
+    names = ["num_opt_steps", "final_steps", "lr", "final_lr", "layer_rate", "beta2"]
+    names += ["lr_rampdown_length", "lr_rampup_length"]
+    schedule = InversionConfig()
+    if preset == "fast":
+        schedule = InversionConfig(60, 12, lr=0.2, lr_rampup_length=0.0, lambda_mse=3.0, lpips_type="none")
+        names += ["lambda_mse", "lpips_type"]  # the authors' schedule leaves these to the category
+    return dataclasses.replace(category.config, **{name: getattr(schedule, name) for name in names})
 
 
 def segmenter_category(segmenter: str) -> str:
@@ -367,7 +381,8 @@ class Options:
     fit: Fit = "stretch"
     """How an image of another aspect ratio is fitted to the category's size."""
     invertibility_steps: int | None = None
-    """Steps of each inversion that measures error maps. Default: num_opt_steps, at most 501."""
+    """Steps of each inversion that measures error maps; 0 for the start alone, which is of use if it is learned.
+    Default: num_opt_steps, at most 501."""
     threshold: float | None = None
     """Mean error up to which a segment may use a layer. Default: the category's."""
 
@@ -384,6 +399,8 @@ class Options:
     """Highest learning rate."""
     final_lr: float | None = None
     """Learning rate at the first of the final steps, from which it falls."""
+    layer_rate: float | None = None
+    """Learning rate of an F layer relative to that of the next coarser one."""
     lr_rampdown_length: float | None = None
     """Fraction of the run in which the learning rate falls."""
     lr_rampup_length: float | None = None
@@ -392,8 +409,8 @@ class Options:
     """Adam's decay rate of the gradient's mean."""
     beta2: float | None = None
     """Adam's decay rate of the gradient's square."""
-    lpips_type: Literal["vgg", "alex"] | None = None
-    """Network of the perceptual loss."""
+    lpips_type: Perceptual | None = None
+    """Network of the perceptual loss; "none" for none but in final steps."""
     lambda_mse: float | None = None
     """Weight of the squared error."""
     lambda_lpips: float | None = None
@@ -633,14 +650,14 @@ def resolve(
             f" {devices}"
         )
     try:
-        config = with_preset(category.settings, options.preset)
+        config = with_preset(category, options.preset)
         config = dataclasses.replace(config, **given, loss_resolution=max(category.target_size))
     except ValueError as error:  # which begins with the name of the option
         raise UserError(f"--{error}") from error
     steps = options.invertibility_steps
-    if steps is not None and not 1 <= steps <= _MOST:
-        raise UserError(f"--invertibility_steps must be at least 1, and at most {_MOST}, not {steps}")
-    return Settings(category, config, steps or min(config.num_opt_steps, 501))
+    if steps is not None and not 0 <= steps <= _MOST:
+        raise UserError(f"--invertibility_steps must be at least 0, and at most {_MOST}, not {steps}")
+    return Settings(category, config, min(config.num_opt_steps, 501) if steps is None else steps)
 
 
 def default_batch_size(generator: StyleGAN2Config, max_batch_size: int = 8) -> int:

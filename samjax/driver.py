@@ -42,7 +42,7 @@ from samjax.inversion import (
     stages,
     structure,
 )
-from samjax.latents import Latents, Masks, synthesize_latents
+from samjax.latents import Latents, Masks, draw
 from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
 
 
@@ -188,14 +188,6 @@ def starting_states(items: Items, latents: Latents, config: InversionConfig) -> 
     return {group: init(take(begin, index)) for group, index in enumerate(batches)}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "noise", "precision"))
-def _render(
-    config: StyleGAN2Config, params: Params, latents: Latents, masks: Masks, noise: Noise, precision: str
-) -> Array:
-    with jax.default_matmul_precision(precision):
-        return synthesize_latents(config, params, latents, masks, noise=noise).image
-
-
 def render(
     config: StyleGAN2Config,
     params: Params,
@@ -220,7 +212,7 @@ def render(
     Returns:
       [N, R, R, 3] float32, in [-1, 1] up to overshoot.
     """
-    made = lambda items: _render(config, params, *items, noise, precision)  # noqa: E731
+    made = lambda items: draw(config, params, *items, noise=noise, precision=precision)[0]  # noqa: E731
     return batching.map_batches(made, (dict(latents), dict(masks)), batch_size)
 
 
@@ -231,9 +223,10 @@ class _NotFinite(Exception):
 
 
 class _Part(NamedTuple):
-    """A stage of a run, with its program and the parameters as that takes them."""
+    """A stage of a run, with its program, and the parameters as given and as that takes them."""
 
     program: Structure
+    given: Networks
     networks: Networks
     hyper: Hyperparameters
     stage: Stage
@@ -259,7 +252,7 @@ def _parts(
         else:
             packed = packed._replace(lpips=replicate(prepack_lpips(program, own.lpips, size)))
         hyper = hyperparameters(stage.config, stage.first, stage.style_rate)
-        made.append(_Part(program, packed, hyper, stage))
+        made.append(_Part(program, own, packed, hyper, stage))
     return made
 
 
@@ -267,7 +260,8 @@ def _chunks(parts: Sequence[_Part], items: Items, state: State) -> Iterator[tupl
     """Runs the rest of all stages; after each chunk, yields the state and the terms of its steps, as host arrays."""
     for part in parts:
         if int(state.step) < part.stage.end:
-            prepared = prepare(part.program, part.networks, items)
+            # From the parameters as given: the same program then serves the metrics of the result.
+            prepared = prepare(part.program, part.given, items)
             for state, terms in _steps(part, prepared, begin_stage(state, part.stage.first)):  # noqa: B020
                 yield state, terms
 

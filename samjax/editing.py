@@ -16,25 +16,9 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from samjax import batching
-from samjax.latents import RESOLUTIONS, Latents, Masks, by_resolution, synthesize_latents
+from samjax.latents import Latents, Masks, by_resolution, draw
 from samjax.nets import stylegan2
 from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
-
-
-@functools.partial(jax.jit, static_argnames=("config", "noise", "precision"))
-def record(
-    config: StyleGAN2Config,
-    params: Params,
-    latents: Latents,
-    masks: Masks,
-    *,
-    noise: Noise = "const",
-    precision: str = "highest",
-) -> dict[int, Array]:
-    """Block outputs of unedited latents at the F layers: {16: [N, 16, 16, C], ...}, offsets included."""
-    with jax.default_matmul_precision(precision):
-        features = synthesize_latents(config, params, latents, masks, noise=noise).features
-    return {RESOLUTIONS[name]: features[RESOLUTIONS[name]] for name in latents if name in RESOLUTIONS}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "noise", "precision"))
@@ -56,7 +40,7 @@ def apply(
       config: sizes of the generator.
       params: its parameters.
       ws: [1, num_ws, w_dim], unedited.
-      features: as returned by `record`, [1, r, r, C] each.
+      features: block outputs of the unedited latents, as `samjax.latents.draw` returns them, [1, r, r, C] each.
       masks: {"F4": [1, 16, 16, 1], ...}.
       directions: [B, num_ws, w_dim].
       strengths: [B] multiples of the directions.
@@ -117,7 +101,7 @@ def edit(
         return np.zeros((len(directions), len(strengths), size, size, config.img_channels), np.float32)
     ws = jnp.asarray(latents["W+"])
     masks = {name: jnp.asarray(mask) for name, mask in masks.items()}
-    features = record(config, params, dict(latents), masks, noise=noise, precision=precision)
+    _, features = draw(config, params, dict(latents), masks, noise=noise, precision=precision)
 
     def apply_pairs(pairs: tuple[np.ndarray, np.ndarray]) -> Array:
         return apply(config, params, ws, features, masks, *pairs, noise=noise, precision=precision)

@@ -146,9 +146,9 @@ def load(options: Options, *, segments_given: bool = False, notify: Callable[[st
     Raises:
       UserError: as `Pipeline.from_options`.
     """
-    schedule = with_preset(resolve_category(options).settings, options.preset)
-    steps = options.invertibility_steps or options.num_opt_steps or schedule.num_opt_steps
-    options = dataclasses.replace(options, invertibility_steps=steps)
+    schedule = with_preset(resolve_category(options), options.preset)
+    choices = (options.invertibility_steps, options.num_opt_steps, schedule.num_opt_steps)
+    options = dataclasses.replace(options, invertibility_steps=next(steps for steps in choices if steps is not None))
     return Pipeline.from_options(options, segments_given=segments_given, notify=notify)
 
 
@@ -179,19 +179,21 @@ def evaluate(
     thresholds: Sequence[float] = (),
     steps: Sequence[int] = (),
     *,
+    single_layers: bool = False,
     direction: np.ndarray | None = None,
     strength: float = 2.0,
 ) -> dict[str, Row]:
-    """The rows of one image: inversion in each layer alone if maps are measured, SAM at each threshold, and SAM with
-    other numbers of steps at the first threshold.
+    """The rows of one image: inversion in each layer alone, SAM at each threshold, and SAM with other numbers of steps
+    at the first threshold.
 
-    The error maps are measured by the same inversions in single layers with which SAM is compared.
+    Measured error maps come from the same inversions in single layers with which SAM is compared.
 
     Args:
       pipeline: as returned by `load`.
       example: the image.
       thresholds: thresholds of SAM; the category's if empty.
       steps: numbers of steps, in addition to the usual one; 0 for the start alone.
+      single_layers: whether to invert in each layer alone even if maps are predicted.
       direction: [num_ws, w_dim] of the edit whose effect is measured; None for no edit.
       strength: strength of the edit.
 
@@ -201,6 +203,10 @@ def evaluate(
     """
     known = _analyze(pipeline, example)
     found = pipeline.single_layers(known)
+    if single_layers and not found:
+        labels = np.unique(known.segments).tolist()
+        alone = lambda layer: pipeline.invert(known, layers=dict.fromkeys(labels, layer), on_progress=_silent)  # noqa: E731
+        found = {layer: alone(layer) for layer in known.layers}
     chosen = list(thresholds) or [pipeline.category.threshold]
     swept = pipeline.sweep(dataclasses.replace(known, singles={}), chosen, on_progress=_silent)
     titles = ["SAM"] if len(chosen) == 1 else [f"SAM {threshold:g}" for threshold in chosen]

@@ -24,7 +24,7 @@ from jax import Array, lax
 
 from samjax import losses
 from samjax.config import InversionConfig
-from samjax.latents import Latents, Masks, synthesize_latents
+from samjax.latents import RESOLUTIONS, Latents, Masks, synthesize_latents
 from samjax.losses import Prior
 from samjax.nets import lpips, stylegan2
 from samjax.nets.stylegan2 import Noise, Params, StyleGAN2Config
@@ -105,6 +105,7 @@ class Hyperparameters(NamedTuple):
     style_rate: Array
     num_opt_steps: Array
     lr: Array
+    layer_rate: Array
     lr_rampdown_length: Array
     lr_rampup_length: Array
     beta1: Array
@@ -140,7 +141,7 @@ def structure(generator: StyleGAN2Config, config: InversionConfig) -> Structure:
     """The part of the settings that determines the compiled program."""
     return Structure(
         generator,
-        config.lpips_type if config.lambda_lpips > 0 else None,
+        None if config.lpips_type == "none" or config.lambda_lpips == 0 else config.lpips_type,
         config.noise,
         min(config.loss_resolution, generator.img_resolution),
         config.chunk_steps or (1 if jax.default_backend() == "cpu" else 25),
@@ -259,7 +260,10 @@ def step(
         state.step - hyper.first_step, hyper.num_opt_steps - hyper.first_step, hyper.lr, hyper.lr_rampdown_length,
         hyper.lr_rampup_length,
     )  # fmt: skip
-    rates = {name: rate * hyper.style_rate if name == "W+" else rate for name in state.latents}
+    depth = {name: float(np.log2(r / 16)) for name, r in RESOLUTIONS.items()}
+    rates = {
+        name: rate * (hyper.style_rate if name == "W+" else hyper.layer_rate ** depth[name]) for name in state.latents
+    }
     latents = jax.tree.map(lambda x, rate, update: x - rate * update, state.latents, rates, updates)
     assert isinstance(optimizer, optax.ScaleByAdamState)
     return State(latents, optimizer, state.step + 1, jnp.all(jnp.isfinite(terms.total))), terms
@@ -294,10 +298,10 @@ def run_chunk(
 
 
 @functools.partial(jax.jit, static_argnames=("net", "precision", "half_precision"))
-def target_features(
+def lpips_features(
     params: Params, images: Array, net: lpips.Net, precision: str, half_precision: bool = False
 ) -> tuple[Array, ...]:
-    """LPIPS features of targets [N, h, w, 3]."""
+    """LPIPS features of images [N, h, w, 3] in [-1, 1]; one program serves targets and, for the metrics, results."""
     with jax.default_matmul_precision(precision):
         return lpips.features(params, images, net, half_precision=half_precision)
 
@@ -341,7 +345,7 @@ def prepare(structure: Structure, networks: Networks, items: Items) -> Items:
     to_device = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     targets, seeds = to_device(items.targets), jnp.asarray(items.seeds, jnp.uint32)
     net, half = structure.lpips_type, structure.half_precision
-    features = () if net is None else target_features(networks.lpips, targets, net, structure.precision, half)
+    features = () if net is None else lpips_features(networks.lpips, targets, net, structure.precision, half)
     return Items(targets, to_device(dict(items.masks)), to_device(dict(items.start)), seeds, features)
 
 

@@ -156,3 +156,16 @@ def synthesize_latents(
         return jax.tree.map(lambda x: x[0], synthesis)
 
     return jax.vmap(one)(ws, offsets, weights, noise_keys)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "noise", "precision"))
+def draw(
+    config: StyleGAN2Config, params: Params, latents: Latents, masks: Masks, *, noise: Noise = "const",
+    precision: str = "highest",
+) -> tuple[Array, dict[int, Array]]:  # fmt: skip
+    """The images of latents [N, R, R, 3], and block outputs at their F layers, {16: [N, 16, 16, C], ...}, offsets
+    included. One program gives both, so that renderings and edits share it.
+    """
+    with jax.default_matmul_precision(precision):
+        made = synthesize_latents(config, params, latents, masks, noise=noise)
+    return made.image, {r: made.features[r] for name, r in RESOLUTIONS.items() if name in latents}

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from numpy.typing import ArrayLike
 
 from samjax import (
@@ -57,7 +56,7 @@ from samjax.config import (
 )
 from samjax.driver import OnProgress
 from samjax.errors import UserError, shown
-from samjax.inversion import Items, Networks, Terms
+from samjax.inversion import Items, Networks, Terms, lpips_features
 from samjax.io import checkpoints, directions, files, images, provenance, styles, weights
 from samjax.io.checkpoints import LoadedNetwork
 from samjax.latents import RESOLUTIONS, init_latents, latent_layers, single_layer_masks
@@ -161,7 +160,7 @@ class Pipeline:
         self.directions = {key: self._direction(value) for key, value in (directions or {}).items()}
         self.layers = latent_layers(generator.config, self.config.latent_names)
         self.vgg = weights.load_lpips("vgg")
-        perceptual = self.vgg if self.config.lpips_type == "vgg" else weights.load_lpips(self.config.lpips_type)
+        perceptual = self.vgg if self.config.net == "vgg" else weights.load_lpips(self.config.net)
         key = jax.random.key(self.options.seed)
         prior = losses.generator_prior(generator.config, generator.params, key=key, class_idx=class_idx)
         self.networks = Networks(generator.params, perceptual, prior, self.vgg)
@@ -295,7 +294,10 @@ class Pipeline:
         if directory is not None:
             self._check_settings(taken, directory)
         if maps is not None:
-            return dataclasses.replace(taken, maps=self._array(maps, "maps", taken.maps.shape), maps_from="given")
+            given = self._array(maps, "maps", taken.maps.shape)
+            if given.min() < 0:
+                raise UserError(f"maps are errors of at least 0; the smallest is {given.min():g}")
+            return dataclasses.replace(taken, maps=given, maps_from="given")
         if self.predictor is not None:
             config, params, _ = self.predictor
             made = analysis.predict_maps(config, params, target[None])[0]
@@ -962,7 +964,8 @@ class Pipeline:
         image = self.render(latents, masks)[0]
         height, width = known.target.shape[:2]
         made = losses.comparable(jnp.asarray(image)[None], max(height, width), height, width)
-        distance = float(_vgg_distance(self.vgg, made, jnp.asarray(known.target)[None])[0])
+        pair = (lpips_features(self.vgg, x, "vgg", "highest", False) for x in (made, jnp.asarray(known.target)[None]))
+        distance = float(_distance(self.vgg, *pair)[0])
         quality = metrics.quality(np.asarray(made[0]), known.target)
         return Inversion(
             analysis=known,
@@ -1076,10 +1079,7 @@ def _progress(description: str, on_progress: OnProgress | None) -> Iterator[OnPr
         yield bar
 
 
-@jax.jit
-def _vgg_distance(params: lpips.Params, x: Array, y: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return lpips.lpips(params, x, y, "vgg")
+_distance = jax.jit(lpips.distance)
 
 
 def _source(network: LoadedNetwork | None) -> str | None:

@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from samjax import driver, editing, layer_selection, losses, report
+from samjax import driver, editing, latents, layer_selection, losses, report
 from samjax.analysis import Analysis
 from samjax.errors import UserError
 from samjax.io import files, images
@@ -207,7 +207,7 @@ class Session:
             on_progress=self._watch("Inverting", on_progress, draw=True),
         )  # fmt: skip
         generator, config = self.pipeline.generator, self.pipeline.config
-        features = editing.record(
+        _, features = latents.draw(
             generator.config, generator.params, dict(inversion.latents), inversion.masks, noise=config.stored_noise,
             precision=config.matmul_precision,
         )  # fmt: skip

@@ -373,6 +373,7 @@ def ours_of(sam, arrays, changes, monkeypatch):
     return ours, {row.stage: row for row in rows}
 
 
+@pytest.mark.slow  # runs every stage, with the gradient of LPIPS-VGG
 def test_every_stage_passes_where_both_sides_agree(sam, arrays, monkeypatch):
     ours, rows = ours_of(sam, arrays, {}, monkeypatch)
     assert {stage: row.difference for stage, row in rows.items() if not row.passed} == {}
@@ -393,6 +394,7 @@ def check_figures(figures):
         assert np.ptp(theirs) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "stage", "followers"),
     [

@@ -20,6 +20,7 @@ from samjax.config import (
     resolve,
     resolve_category,
     segmenter_category,
+    with_preset,
 )
 from samjax.errors import UserError
 from samjax.nets.stylegan2 import StyleGAN2Config
@@ -34,8 +35,12 @@ def test_presets_name_a_schedule_that_single_options_override():
 
     assert config(preset="reference") == config()  # a generator of one's own takes the authors' schedule
     fast = config(preset="fast")
-    assert (fast.num_opt_steps, fast.final_steps, fast.lr, fast.lpips_type) == (60, 12, 0.2, "alex")
+    assert (fast.num_opt_steps, fast.final_steps, fast.lr, fast.lpips_type) == (60, 12, 0.2, "none")
     assert config(preset="fast", lr=0.1) == dataclasses.replace(fast, lr=0.1)
+    demo = resolve_category(Options())  # whose own schedule belongs to the learned start
+    assert with_preset(demo, None) == demo.learned != demo.config
+    assert with_preset(demo, "reference").lpips_type == demo.config.lpips_type == "alex"
+    assert with_preset(demo, "reference").num_opt_steps == 1001
     assert config(lambda_mse=2.0, lpips_type="alex").lambda_mse == 2.0
 
 
@@ -57,8 +62,8 @@ def test_a_generator_of_ones_own_has_its_own_sizes():
 @pytest.mark.parametrize(
     ("options", "start", "maps"),
     [
-        (Options(), "encoder", "predicted"),  # the demo has all networks
-        (Options(start="learned"), "learned", "predicted"),
+        (Options(), "learned", "predicted"),  # the demo has all networks
+        (Options(start="encoder"), "encoder", "predicted"),
         (OWN, "mean", "measured"),
         (dataclasses.replace(OWN, image_category="demo"), "mean", "measured"),  # which know the demo's generator only
         (dataclasses.replace(OWN, e4e_path=Path("e"), inv_model_path=Path("p")), "encoder", "predicted"),
@@ -88,7 +93,7 @@ def test_where_maps_and_start_come_from(options, start, maps):
         (Options(lr=float("inf")), "--lr must be a finite number"),
         (Options(num_opt_steps=-1), "num_opt_steps must be at least 0"),
         (Options(batch_size=0), "batch_size must be at least 1"),
-        (Options(invertibility_steps=0), "--invertibility_steps must be at least 1"),
+        (Options(invertibility_steps=-1), "--invertibility_steps must be at least 0"),
         (Options(threshold=-0.1), "--threshold must be a finite number, 0 or more"),
         (Options(seed=2**70), "--seed must lie between 0 and 4294967295"),
         (Options(seed=-1), "--seed must lie between 0 and 4294967295"),
@@ -161,7 +166,8 @@ def test_options_may_be_numpys_scalars_and_text_for_paths():
 def test_measuring_takes_at_most_501_steps_by_default():
     assert resolve(OWN, TINY).measure_steps == 501
     assert resolve(dataclasses.replace(OWN, num_opt_steps=40), TINY).measure_steps == 40
-    assert resolve(dataclasses.replace(OWN, invertibility_steps=7), TINY).measure_steps == 7
+    for steps in (0, 7):
+        assert resolve(dataclasses.replace(OWN, invertibility_steps=steps), TINY).measure_steps == steps
 
 
 def test_the_threshold_is_laid_over_the_category():

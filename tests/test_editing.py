@@ -68,7 +68,7 @@ def test_under_a_full_mask_an_edit_moves_only_the_rgb_so_far(tiny):
 def test_batches_hold_every_pair_in_order_and_compile_once(tiny):
     params, found, masks = tiny
     editing.apply.clear_cache()
-    editing.record.clear_cache()
+    latents.draw.clear_cache()
     ways, strengths = directions(3), [0.0, 1.0, 2.5]
     images = editing.edit(TINY, params, found, masks, ways, strengths, batch_size=4)
     assert images.shape == (3, 3, 32, 32, 3)
@@ -77,7 +77,7 @@ def test_batches_hold_every_pair_in_order_and_compile_once(tiny):
             alone = editing.edit(TINY, params, found, masks, ways[d : d + 1], strengths[s : s + 1], batch_size=4)
             np.testing.assert_allclose(images[d, s], alone[0, 0], atol=1e-6 * np.ptp(alone))
     assert editing.apply._cache_size() == 1
-    assert editing.record._cache_size() == 1
+    assert latents.draw._cache_size() == 1
 
 
 def test_several_images_and_wrong_directions_are_refused(tiny):

@@ -63,6 +63,22 @@ def test_a_directory_gives_a_table_and_is_resumed(inputs, tmp_path, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_single_layers_are_compared_where_maps_are_predicted(inputs, tmp_path):
+    predictor = tiny_predictor(("W+", "F4", "F6"))
+    checkpoints.save_safetensors(tmp_path / "predictor.safetensors", predictor.config, predictor.params)
+    args = evaluate.Arguments(
+        images=inputs / "images", gan_weights=inputs / "own.safetensors", output_path=tmp_path, single_layers=True,
+        inv_model_path=tmp_path / "predictor.safetensors", threshold=1e9, num_opt_steps=2, lpips_type="alex",
+        edit=str(inputs / "up.npy"),
+    )  # fmt: skip
+    evaluate.main(args)
+    rows = json.loads((tmp_path / "table.json").read_text())["images"]
+    for row in rows.values():
+        assert list(row) == ["W+", "F4", "F6", "SAM"]
+        assert {**row["SAM"], "seconds": 0} == {**row["W+"], "seconds": 0}  # every segment takes W+
+        assert row["F6"]["lpips"] != row["F4"]["lpips"] != row["W+"]["lpips"]
+
+
 def test_other_generators_need_images(inputs, tmp_path):
     for program in (evaluate, evaluate_learned):
         with pytest.raises(UserError, match="--images"):

@@ -286,6 +286,8 @@ def test_output_directory(tmp_path: Path):
     assert directory.is_dir()
     (directory / "kept").write_text("x")
     assert files.output_directory(str(directory)) == directory
+    with pytest.raises(UserError, match="give the path of the output directory, not 3"):
+        files.output_directory(3)  # type: ignore[arg-type]
     assert listing(directory) == ["kept"]
     with pytest.raises(UserError, match="is a file"):
         files.output_directory(directory / "kept")

@@ -404,6 +404,17 @@ def test_a_file_as_distributed_is_converted_once(tmp_path):
         get.ready(GOLDEN / NAME, "e4e", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["net.PKL", "net"])
+def test_a_file_as_distributed_may_have_any_name(name, tmp_path):
+    shutil.copy(GOLDEN / "rosinality_A.pt", tmp_path / name)
+    with pytest.raises(UserError):
+        checkpoints.load_config(tmp_path / name, "generator")
+    folder = get.ready(tmp_path / name, "generator", tmp_path / "cache")
+    assert checkpoints.load_config(folder, "generator").img_resolution == 64
+    for other in ("none", "none.safetensors"):  # the loader says what is missing
+        assert get.ready(tmp_path / other, "generator", tmp_path) == tmp_path / other
+
+
 def test_a_converted_network_is_found_by_samjax_alone(category, tmp_path):
     with pytest.raises(UserError, match="the generator of the category tests has not been downloaded: fetch it with"):
         registry.find_converted(category, "generator", tmp_path / "cache")

@@ -71,8 +71,9 @@ def test_reference_gradients(golden, reference):
     program, hyper = inversion.structure(config, settings), inversion.hyperparameters(settings)
     state = inversion.init(items)._replace(latents=seeded_latents(config, np.array(items.start["W+"])))
     # One step; its first moment is 0.1 of the gradient.
-    prepared = inversion.prepare(program, networks, items)
-    state, terms = inversion.run_chunk(program, networks, prepared, hyper._replace(num_opt_steps=jnp.asarray(1)), state)
+    prepared, before = inversion.prepare(program, networks, items), jax.tree.map(np.array, state.latents)
+    once = {"num_opt_steps": jnp.asarray(1), "layer_rate": jnp.float32(0.5), "lr_rampup_length": jnp.float32(0)}
+    state, terms = inversion.run_chunk(program, networks, prepared, hyper._replace(**once), state)
     # The terms are of order 1; 2e-5 of the prior's comes from float32 whitening.
     found = [float(term[0, 0]) for term in terms[:5]]
     np.testing.assert_allclose(found, expected["terms"], rtol=1e-4)
@@ -86,6 +87,10 @@ def test_reference_gradients(golden, reference):
         error = np.abs(gradient - reference) / np.ptp(reference)
         assert error.max() < 1e-2, name
         assert np.quantile(error, 0.99) < 5e-4, name
+    # Adam's first step is the rate, half of it in each finer layer.
+    moved = {name: float(np.abs(value - before[name]).max()) for name, value in state.latents.items()}
+    expected = {"W+": 1, "F4": 1, "F6": 0.5, "F8": 0.25, "F10": 0.125}
+    assert moved == pytest.approx({name: settings.lr * expected[name] for name in moved}, rel=1e-3)
 
 
 @pytest.mark.usefixtures("optimized")
@@ -318,6 +323,7 @@ def test_latents_that_overflow_in_the_very_last_step_are_seen(tiny):
         run(TINY, tiny, tiny_items(2), config)
 
 
+@pytest.mark.slow  # the reference trajectory shows that losses fall
 @pytest.mark.usefixtures("optimized")
 def test_an_image_of_the_generator_is_found_again(tiny):
     ws = jax.random.normal(jax.random.key(3), (2, 8))
@@ -334,7 +340,10 @@ def test_an_image_of_the_generator_is_found_again(tiny):
 def test_letterboxed_targets_without_the_perceptual_term(tiny):
     items = tiny_items(2)
     items = items._replace(targets=items.targets[:, 4:-4])
-    config = dataclasses.replace(QUICK, lambda_lpips=0.0, noise="const", num_opt_steps=1)
+    config = dataclasses.replace(QUICK, lpips_type="none", noise="const", num_opt_steps=1)
+    assert inversion.structure(TINY, dataclasses.replace(config, lpips_type="vgg", lambda_lpips=0.0)) == (
+        inversion.structure(TINY, config)
+    )
     terms = run(TINY, tiny._replace(lpips={}), items, config).terms
     image = driver.render(TINY, tiny.generator, items.start, items.masks, batch_size=2)
     expected = np.mean((np.clip(image, -1, 1)[:, 4:-4] - items.targets) ** 2, axis=(1, 2, 3))
@@ -363,6 +372,7 @@ def test_progress_bar_shows_terms(tiny, capsys):
     assert "total=" in shown
 
 
+@pytest.mark.slow  # compiles two programs of its own
 def test_half_precision_takes_nearly_the_same_course(tiny):
     items, config = tiny_items(2), dataclasses.replace(QUICK, num_opt_steps=12)
     full = run(TINY, tiny, items, config)

@@ -20,6 +20,8 @@ from samjax.testing import TINY, TINY_64, tiny_encoder, tiny_generator, tiny_off
 
 LAYERS = latent_layers(TINY_64)
 
+synthesize = jax.jit(synthesize_latents, static_argnums=0)
+
 
 @pytest.fixture(scope="module")
 def params():
@@ -40,13 +42,13 @@ def test_what_the_network_sees_is_the_image_and_the_slope_of_its_squared_error(p
     targets, masks, latents = case(height=48)
     see = jax.jit(learned_start.gradient_inputs, static_argnums=0)
     images, features, gradient = see(TINY_64, params, targets, masks, latents)
-    made = synthesize_latents(TINY_64, params, latents, masks)
+    made = synthesize(TINY_64, params, latents, masks)
     np.testing.assert_allclose(images, np.clip(made.image[:, 8:56], -1, 1), atol=1e-5)
     np.testing.assert_allclose(features[32], made.features[32], atol=1e-4)
 
     def error(step: float) -> float:
         moved = {name: value - step * np.asarray(gradient[name]) for name, value in latents.items()}
-        image = losses.comparable(synthesize_latents(TINY_64, params, moved, masks).image, 64, 48, 64)
+        image = losses.comparable(synthesize(TINY_64, params, moved, masks).image, 64, 48, 64)
         return 0.5 * float(jnp.sum(jnp.square(image - targets)))
 
     size = sum(float(jnp.sum(jnp.square(value))) for value in gradient.values())

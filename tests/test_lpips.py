@@ -313,7 +313,7 @@ def test_nothing_in_a_weight_file_runs(content):
 # --- prepacked, and in half precision ---
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SLOW_VGG)
 def test_prepacking_changes_nothing(params, net):
     shape = SHAPES[net]
     x, y = random_images(0, *shape), random_images(1, *shape)

@@ -224,6 +224,7 @@ INVERT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # a kernel and two whole inversions
 def test_invert_the_demo_and_an_image(execute, tmp_path):
     done = execute("invert", **INVERT)
     check_displayed(done, 18)

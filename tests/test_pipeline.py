@@ -150,7 +150,7 @@ def test_a_letterboxed_generator_gives_images_of_its_own_size(image):
     direction = np.ones((config.num_ws, config.w_dim), np.float32)
     options = dataclasses.replace(
         QUICK, image_category="cars", start="mean", invertibility="measured", segmenter="felzenszwalb",
-        num_opt_steps=1, lambda_lpips=0.0,
+        num_opt_steps=0,
     )  # fmt: skip
     sam = Pipeline(network, directions={"up": direction}, options=options)
     maps = np.full((5, 192, 256), 0.1)
@@ -344,6 +344,7 @@ def test_damaged_files_in_a_directory_are_named(sam, image, labels, maps, tmp_pa
         ({"segments": np.zeros((64, 64))}, "segments must be integers"),
         ({"maps": np.zeros((4, 64, 64))}, r"maps must be numbers \[3, 64, 64\], not float64 \[4, 64, 64\]"),
         ({"maps": np.full((3, 64, 64), np.inf)}, "maps hold values that are not finite"),
+        ({"maps": np.full((3, 64, 64), -0.5)}, "maps are errors of at least 0; the smallest is -0.5"),
         ({"start": np.zeros((1, 9, 8))}, r"start: has shape \(1, 9, 8\); this generator takes"),
         ({"start": {"W+": np.full((10, 8), np.nan)}}, "start: holds values that are not finite"),
     ],

@@ -205,7 +205,7 @@ def render_and_differentiate(params, ws, half_precision=False):
     return image, features, gradient
 
 
-@pytest.mark.parametrize("half_precision", [False, True])
+@pytest.mark.parametrize("half_precision", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_prepacking_changes_nothing(half_precision):
     ws, params = normal(0, 2, FIVE.num_ws, FIVE.w_dim), tiny_params(FIVE)
     prepacked = stylegan2.prepack(FIVE, params, half_precision=half_precision)

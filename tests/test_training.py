@@ -153,6 +153,7 @@ def test_one_device_and_two_give_the_same_losses(params):
         np.testing.assert_allclose(float(many.loss), float(one.loss), rtol=1e-5)
 
 
+@pytest.mark.slow  # compiles a program of its own
 def test_half_precision_comes_close(params):
     half = dataclasses.replace(CONFIG, bfloat16=True)
     _, exact = step(PREDICTOR, CONFIG, params, initial_state(), make_batch())

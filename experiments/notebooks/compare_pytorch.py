@@ -40,7 +40,7 @@ IMAGE = None  # path of your image; None: one of the authors' samples
 THRESHOLD = None  # mean error up to which a segment may use a layer, or "auto"; None: the category's
 STEPS = 5  # of the optimization that is compared: the first ones of the authors' 1001
 
-DEMO_STEPS = None  # steps of the inversion with samjax alone; None: the demo's 100
+DEMO_STEPS = None  # steps of the inversion with samjax alone; None: the demo's 30
 OUTPUT = "output/compare_pytorch"  # directory of the figures and the table
 
 # %% [markdown]

@@ -33,7 +33,7 @@ CATEGORY = None  # "cars", "faces" or "cats": the authors' networks instead, dow
 EDITS = None  # directory of directions for the generator; None: its own, or principal components of its styles
 
 THRESHOLD = None  # threshold for your image; None: the category's. The figures below help to choose it
-STEPS = None  # number of optimization steps; None: 100 for the demo, 60 for other generators
+STEPS = None  # number of optimization steps; None: 30 for the demo, 60 for other generators
 STRENGTHS = (0.0, 1.0, 2.0, 3.0)  # strengths of the edits, as multiples of the direction
 OUTPUT = "output"  # results go to a subdirectory named after your image
 

@@ -26,7 +26,7 @@
 # ## How long it takes
 #
 # Nearly all of the time goes into inverting the images: images x layers x steps. The demo as set below takes about half
-# an hour on two CPU cores: 46 seconds an image (five layers of 100 steps), and 1.25 seconds a step of the predictor's
+# an hour on two CPU cores: 25 seconds an image (five layers of 30 steps), and 1.25 seconds a step of the predictor's
 # training. A step of an encoder's training takes 2.5 seconds.
 #
 # For a generator of the usual size (config-f, 256 px) an image takes 5 x 60 steps:
@@ -49,7 +49,7 @@ GENERATOR = None  # path of your StyleGAN2: .pkl, .pt, .safetensors, or a conver
 IMAGES = None  # directory of images, dozens at least; None: scenes of the demo
 
 SCENES = 24  # number of scenes to draw for the demo
-INVERSION_STEPS = None  # steps of each inversion; None: 100 for the demo, 60 for other generators
+INVERSION_STEPS = None  # steps of each inversion; None: 30 for the demo, 60 for other generators
 TRAIN_ENCODER = False  # True: trains an encoder first, on the same images
 ENCODER_STEPS = 300  # steps of encoder training
 PREDICTOR_STEPS = 300  # steps of predictor training

@@ -7,6 +7,7 @@ directions.
 
 from __future__ import annotations
 
+import functools
 from importlib.resources import files as _files
 from pathlib import Path
 
@@ -46,13 +47,14 @@ def hard_scenes(count: int, *, key: Array, resolution: int = 256) -> scenes.Scen
     Returns:
       Images [N, R, R, 3] in [-1, 1] and labels [N, R, R].
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    draw = lambda k: scenes.render_hard(  # noqa: E731
-        jax.random.normal(jax.random.fold_in(k, 0), (scenes.NUM_FACTORS,)),
-        key=jax.random.fold_in(k, 1),
-        resolution=resolution,
-    )
-    return jax.jit(jax.vmap(draw))(keys)
+    drawn = [_hard_scene(jax.random.fold_in(key, i), resolution) for i in range(count)]
+    return jax.tree.map(lambda *each: jnp.stack(each), *drawn)
+
+
+@functools.partial(jax.jit, static_argnames="resolution")
+def _hard_scene(key: Array, resolution: int = 256) -> scenes.Scene:
+    z = jax.random.normal(jax.random.fold_in(key, 0), (scenes.NUM_FACTORS,))
+    return scenes.render_hard(z, key=jax.random.fold_in(key, 1), resolution=resolution)
 
 
 @jax.jit
@@ -60,8 +62,7 @@ def _draw(key: Array, number: Array, easy: Array) -> Array:
     """Scene `number` of a key, [256, 256, 3] in [-1, 1]: of the domain if `easy`, otherwise hard."""
     key = jax.random.fold_in(key, number)
     z = jax.random.normal(jax.random.fold_in(key, 0), (scenes.NUM_FACTORS,))
-    hard = scenes.render_hard(z, key=jax.random.fold_in(key, 1)).image
-    return jnp.where(easy, scenes.render(z).image, hard)
+    return jnp.where(easy, scenes.render(z).image, _hard_scene(key).image)
 
 
 def draw_scenes(directory: Path, count: int, seed: int = 30, easy_every: int = 4) -> list[Path]:

@@ -76,6 +76,9 @@ NETWORKS: Mapping[str, Kind] = {
 }
 """All kinds of networks by name."""
 
+DISTRIBUTED = (".pkl", ".pt", ".pth", ".ckpt")
+"""Suffixes, in lower case, of files as authors distribute them, which `ckpt_convert` converts."""
+
 
 class LoadedNetwork(NamedTuple):
     """A network in memory.
@@ -600,7 +603,7 @@ def load_config(path: str | Path, network: str) -> Any:
 
 def _converted(path: str | Path) -> Path:
     path = Path(path)
-    if path.suffix in (".pkl", ".pt", ".pth", ".ckpt") and not path.is_dir():
+    if path.suffix.lower() in DISTRIBUTED and not path.is_dir():
         raise UserError(f"{path} is not converted yet: python -m ckpt_convert {path} OUT_DIR, then give OUT_DIR")
     return path
 

@@ -28,7 +28,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike
 
-from samjax.errors import UserError, brief
+from samjax.errors import UserError, brief, shown
 
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space, or choose another directory",
@@ -361,6 +361,8 @@ def output_directory(path: str | Path) -> Path:
     Raises:
       UserError: `path` is a file, or the directory cannot be created or written to.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"give the path of the output directory, not {shown(path)}")
     directory = Path(path)
     try:
         if directory.exists() and not directory.is_dir():

@@ -251,7 +251,8 @@ _STARTS = {
 def _settings(inversion: Inversion) -> dict[str, Any]:
     analysis, config = inversion.analysis, inversion.config
     final = min(config.final_steps, config.num_opt_steps)
-    first = {"vgg": "LPIPS-VGG", "alex": "LPIPS-AlexNet"}[config.lpips_type] if config.num_opt_steps > final else ""
+    networks = {"vgg": "LPIPS-VGG", "alex": "LPIPS-AlexNet", "none": "squared error"}
+    first = networks[config.lpips_type] if config.num_opt_steps > final else ""
     last = f"{first and ', '}LPIPS-VGG in the last {final} steps" if final else ""
     return {
         "generator": inversion.generator,

@@ -22,7 +22,7 @@ from jax import Array
 from samjax import learned_start, losses
 from samjax.inversion import Networks
 from samjax.latents import LATENT_NAMES, RESOLUTIONS, init_latents, latent_layers, synthesize_latents
-from samjax.nets import e4e, lpips, offset_encoder
+from samjax.nets import e4e, lpips, offset_encoder, stylegan2
 from samjax.nets.blocks import Variables
 from samjax.nets.e4e import E4EConfig
 from samjax.nets.offset_encoder import OffsetEncoderConfig
@@ -46,6 +46,8 @@ class TrainConfig:
       lambda_delta: weight of the distance between the styles. The defaults of these four are the inversion's.
       lambda_style: weight of the squared correction of W+, relative to the variance of W. Without it some images move
         far out of W, where edits lose strength.
+      lambda_alone: weight of squared error and LPIPS, weighted as above, of the image of W+ without offsets. Edits act
+        on W+: with it offsets leave to W+ what W+ can reproduce.
       lpips_type: LPIPS network of the loss.
       lpips_crop: pixels a side of the random part of each image on which LPIPS is computed; 0 for whole images. Half
         the size takes a quarter of the time.
@@ -63,6 +65,7 @@ class TrainConfig:
     lambda_f_rec: float = 5.0
     lambda_delta: float = 1e-3
     lambda_style: float = 0.02
+    lambda_alone: float = 0.5
     lpips_type: lpips.Net = "vgg"
     lpips_crop: int = 0
     average: float = 0.995
@@ -113,6 +116,7 @@ class Metrics(NamedTuple):
     f_rec: Array
     delta: Array
     style: Array
+    alone: Array
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -189,27 +193,34 @@ def _terms(
     masks: Mapping[str, Array],
     images: Array,
     corner: Array | None,
-) -> tuple[Array, Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The terms of each image, [B] each, in the order of `total`; and the images made."""
     height, width = images.shape[1:3]
-    made = synthesize_latents(generator, networks.generator, latents, masks).image
-    made = losses.comparable(made, max(height, width), height, width)
-    mse = losses.mean_squares(made, images)
-    pair = (made, images)
-    if corner is not None:
-        part = lambda x: jax.lax.dynamic_slice(  # noqa: E731
-            x, (0, corner[0], corner[1], 0), (x.shape[0], config.lpips_crop, config.lpips_crop, 3)
-        )
-        pair = (part(made), part(images))
-    perceptual = lpips.lpips(networks.lpips, *pair, config.lpips_type)
+
+    def part(x: Array) -> Array:
+        if corner is None:
+            return x
+        size = (x.shape[0], config.lpips_crop, config.lpips_crop, 3)
+        return jax.lax.dynamic_slice(x, (0, corner[0], corner[1], 0), size)
+
+    def compare(image: Array) -> tuple[Array, Array, Array]:
+        made = losses.comparable(image, max(height, width), height, width)
+        perceptual = lpips.lpips(networks.lpips, part(made), part(images), config.lpips_type)
+        return made, losses.mean_squares(made, images), perceptual
+
+    made, mse, perceptual = compare(synthesize_latents(generator, networks.generator, latents, masks).image)
+    alone = jnp.zeros_like(mse)
+    if config.lambda_alone:
+        _, own_mse, own_lpips = compare(stylegan2.synthesize(generator, networks.generator, latents["W+"]).image)
+        alone = config.lambda_mse * own_mse + config.lambda_lpips * own_lpips
     zeros = {name: jnp.zeros_like(value) for name, value in latents.items()}
     masked = {name: value * masks.get(name, 1.0) for name, value in latents.items()}
     offsets = losses.offset_distance(masked, zeros) + jnp.zeros_like(mse)
     moved = losses.mean_squares(latents["W+"] / style_scale, start["W+"] / style_scale)
-    return mse, perceptual, offsets, losses.delta(latents["W+"]), moved, made
+    return mse, perceptual, offsets, losses.delta(latents["W+"]), moved, alone, made
 
 
-def total(config: TrainConfig, mse: Any, perceptual: Any, f_rec: Any, delta: Any, style: Any) -> Any:
+def total(config: TrainConfig, mse: Any, perceptual: Any, f_rec: Any, delta: Any, style: Any, alone: Any) -> Any:
     """The loss, of arrays or numbers: the weighted sum of its terms."""
     return (
         config.lambda_mse * mse
@@ -217,6 +228,7 @@ def total(config: TrainConfig, mse: Any, perceptual: Any, f_rec: Any, delta: Any
         + config.lambda_f_rec * f_rec
         + config.lambda_delta * delta
         + config.lambda_style * style
+        + config.lambda_alone * alone
     )
 
 
@@ -266,7 +278,7 @@ def step(
                     network, variables, generator, networks.generator, images, masks, latents
                 )
                 terms = _terms(generator, config, networks, latents, start, scale, masks, images, corner)
-                means = [jnp.mean(term) for term in terms[:5]]
+                means = [jnp.mean(term) for term in terms[:-1]]
                 loss += total(config, *means)
             return loss, Metrics(loss, *means)
 
@@ -292,7 +304,7 @@ def evaluate(
     variables: Variables,
     batch: Batch,
     key: Array,
-) -> tuple[Array, Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Compares images with those that the generator makes of their latents, after all passes.
 
     Args:
@@ -306,8 +318,8 @@ def evaluate(
       key: random key of the layers.
 
     Returns:
-      Squared error, LPIPS of whole images, squared offsets, distance of the styles and squared correction of W+ of each
-      image, [B] each; and the images made, at the size of the batch's.
+      The terms of each image in the order of `total`, [B] each, with the LPIPS of whole images; and the images made, at
+      the size of the batch's.
     """
     names, images = _names(network), batch.images
     with jax.default_matmul_precision("highest"):

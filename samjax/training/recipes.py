@@ -175,7 +175,7 @@ def train_encoder(options: EncoderOptions, *, open_output: Callable[[Path], Path
     config = encoder.TrainConfig(
         num_steps=options.total_steps(len(train_files)), lr=options.lr, lambda_delta=options.lambda_delta,
         lambda_w=options.lambda_w, samples=options.batch_size if options.samples is None else options.samples,
-        lpips_type=pipeline.config.lpips_type, seed=options.seed, class_idx=options.class_idx,
+        lpips_type=pipeline.config.net, seed=options.seed, class_idx=options.class_idx,
     )  # fmt: skip
     _check_settings(open_output(options.output_folder), {
         "encoder": network, "training": config, "batch_size": options.batch_size, "init": options.init,
@@ -261,6 +261,8 @@ class OffsetOptions(loop.LoopOptions):
     """Weight of the distance between the styles of an image. Default: the category's."""
     lambda_style: float = 0.02
     """Weight of the squared correction of W+."""
+    lambda_alone: float = 0.5
+    """Weight of the errors of W+'s image without offsets. Edits act on W+, so it should show by itself what it can."""
     lpips_type: Literal["vgg", "alex"] | None = None
     """LPIPS network of the loss. Default: the category's."""
     lpips_crop: int = 0
@@ -268,7 +270,10 @@ class OffsetOptions(loop.LoopOptions):
 
     def check(self) -> None:
         super().check()
-        check_least(self, {"lambda_f_rec": 0, "lambda_delta": 0, "lambda_style": 0, "lpips_crop": 0, "passes": 1})
+        check_least(
+            self,
+            {"lambda_f_rec": 0, "lambda_delta": 0, "lambda_style": 0, "lambda_alone": 0, "lpips_crop": 0, "passes": 1},
+        )
         check_positive(self, ("lr",))
 
     def pipeline_options(self) -> Options:
@@ -331,8 +336,8 @@ def train_offsets(options: OffsetOptions, *, open_output: Callable[[Path], Path]
     config = offsets.TrainConfig(
         num_steps=options.total_steps(counts["train"]), lr=options.lr, seed=options.seed,
         lambda_mse=inversion.lambda_mse, lambda_lpips=inversion.lambda_lpips, lambda_f_rec=inversion.lambda_f_rec,
-        lambda_delta=inversion.lambda_delta, lambda_style=options.lambda_style, lpips_type=inversion.lpips_type,
-        lpips_crop=options.lpips_crop,
+        lambda_delta=inversion.lambda_delta, lambda_style=options.lambda_style, lambda_alone=options.lambda_alone,
+        lpips_type=inversion.net, lpips_crop=options.lpips_crop,
     )  # fmt: skip
     size = pipeline.category.target_size
     _check_settings(open_output(options.output_folder), {
