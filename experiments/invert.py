@@ -4,7 +4,7 @@
     python experiments/invert.py --image_path photo.png --gan_weights converted/ --edits_folder edits/
     python experiments/invert.py --image_path car.png --image_category cars   # after `python -m ckpt_convert get cars`
 
-The demo takes less than a minute on two CPU cores, half of it the second time, and reaches LPIPS 0.186. Results go to
+The demo takes a minute on two CPU cores, a third of it the second time, and reaches LPIPS 0.127. Results go to
 OUTPUT_PATH/IMAGE_NAME: figures, the reconstruction and the edits at the generator's own size, metrics.json, and
 report.html. The same command continues where it was stopped. Flags have the names and meanings of the authors' script.
 """
