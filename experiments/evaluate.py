@@ -10,8 +10,8 @@ of every image, to OUTPUT_PATH. Finished images are kept: the same command conti
 are predicted rather than measured, which is the default of all categories, only --single_layers adds the inversions in
 single layers.
 
-The first command takes a quarter of an hour on two CPU cores: W+ reaches LPIPS 0.274, F10 0.087 without following edits,
-and SAM 0.131 with 105% of W+'s edit.
+The first command takes a quarter of an hour on two CPU cores: W+ reaches LPIPS 0.274, F10 0.087 without following
+edits, and SAM 0.131 with 105% of W+'s edit.
 
 Several --thresholds give a row of SAM each. To choose one, use other scenes (--scene_seed 2).
 """

@@ -27,10 +27,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 LONG = (
-    "test_inversion", "test_notebooks", "test_train_encoder", "test_training", "test_wheel", "test_invert",
-    "test_lpips", "test_train_invertibility", "test_pipeline", "test_mask_rcnn", "test_analysis", "test_stylegan2",
-    "test_compare_pytorch", "test_invert_folder", "test_evaluate", "test_e4e", "test_session", "test_demo",
-    "test_convolution", "test_networks", "test_deeplab",
+    "test_inversion", "test_demo", "test_training", "test_train_offsets", "test_train_invertibility", "test_invert",
+    "test_mask_rcnn", "test_pipeline", "test_lpips", "test_stylegan2", "test_analysis", "test_evaluate",
+    "test_learned_start", "test_invert_folder", "test_e4e", "test_session", "test_image_channels", "test_convolution",
+    "test_networks", "test_deeplab", "test_train_encoder", "test_harm",
 )  # fmt: skip
 """The files that take longest, longest first: whichever worker is free gets the next, and none is left alone at the
 end with one of these."""

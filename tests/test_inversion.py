@@ -156,6 +156,7 @@ def test_an_items_latents_do_not_depend_on_its_neighbors(tiny):
     assert not np.allclose(with_second.latents["W+"][1], with_third.latents["W+"][1], atol=1e-3)
 
 
+@pytest.mark.slow  # compiles two programs of its own
 def test_alone_and_in_a_batch_agree(tiny):
     items = tiny_items(2)
     # Few steps: rounding may turn the sign of an entry's first Adam updates (see the reference trajectory).

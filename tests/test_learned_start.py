@@ -131,14 +131,15 @@ def test_without_steps_the_result_is_the_learned_start(pipeline):
     np.testing.assert_array_equal(both[1].latents["F6"], result.latents["F6"])
 
 
-def test_the_demo_has_a_learned_start_for_single_images():
+def test_the_demo_has_a_learned_start_and_settings_for_other_starts():
     demo = Pipeline.from_pretrained("demo")
-    assert demo.category.start == "encoder"
-    assert demo.offsets is not None
-    assert "offsets" not in demo.settings  # its usual inversions do not depend on it
-    learned = Pipeline.from_pretrained("demo", start="learned")
-    assert (learned.config.num_opt_steps, learned.config.final_steps) == (30, 6)
-    assert "offsets" in learned.settings
+    assert demo.category.start == "learned"
+    assert (demo.config.num_opt_steps, demo.config.final_steps) == (30, 6)
+    assert "offsets" in demo.settings
+    other = Pipeline.from_pretrained("demo", start="encoder")
+    assert (other.config.num_opt_steps, other.config.final_steps) == (100, 0)
+    assert other.offsets is not None  # for a single image
+    assert "offsets" not in other.settings  # its usual inversions do not depend on it
 
 
 def test_networks_that_are_missing_or_of_another_generator_are_named(pipeline, params):

@@ -349,6 +349,7 @@ def test_features_are_those_of_the_image_padded_by_zeros(variables):
         assert np.abs(ours[name] - plain[name][0]).max() < 1e-5 * np.ptp(plain[name])
 
 
+@pytest.mark.slow  # compiles a program of its own
 def test_one_and_many_agree(variables, in_canvas):
     """Images of several sizes at once."""
     images = np.stack([random_image(160, 256, 3)[::-1, ::-1], random_image(160, 256, 3)])

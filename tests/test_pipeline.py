@@ -477,7 +477,7 @@ def test_from_pretrained(network, tmp_path):
     assert (own.name, own.category.name, own.config.num_opt_steps) == ("own.safetensors", "custom", 5)
     assert own.directions == {}
     demo = Pipeline.from_pretrained("demo", generate_edits=False)
-    assert (demo.name, demo.category.name, demo.config.num_opt_steps) == ("demo", "demo", 100)
+    assert (demo.name, demo.category.name, demo.config.num_opt_steps) == ("demo", "demo", 30)
     assert demo.directions == {}
     with pytest.raises(UserError, match="python -m ckpt_convert get cars"):
         Pipeline.from_pretrained("cars")

@@ -231,6 +231,7 @@ def test_without_minimal_filtering_all_convolutions_are_plain():
     assert convolutions(None) > 2 * (5 + 4 * 4)
 
 
+@pytest.mark.slow  # compiles a program of its own
 def test_half_precision_is_close():
     ws, params = normal(0, 2, FIVE.num_ws, FIVE.w_dim), tiny_params(FIVE)
     image, features, gradient = render_and_differentiate(params, ws)

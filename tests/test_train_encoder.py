@@ -130,6 +130,7 @@ def arguments(inputs: Path, output: Path, **changes) -> program.Arguments:
     return program.Arguments(**{**values, **changes})
 
 
+@pytest.mark.slow  # the two other trainings, which share its loop, run by default
 def test_the_program_writes_an_encoder_and_resumes_where_it_was_stopped(inputs, tmp_path, monkeypatch):
     program.main(arguments(inputs, tmp_path / "whole"))
     config, variables, _ = checkpoints.load_network(tmp_path / "whole" / "encoder", "e4e")

@@ -86,7 +86,7 @@ def test_the_result_is_the_best_state_by_validation(finished):
     assert {int(path.name) for path in (finished / "checkpoints").iterdir()} == {best, 6}
 
 
-@pytest.mark.parametrize("stop", [4, 5])
+@pytest.mark.parametrize("stop", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(data, finished, tmp_path, monkeypatch, stop):
     calls, step = [], predictor.step
 
