@@ -205,8 +205,10 @@ def evaluate(
     found = pipeline.single_layers(known)
     if single_layers and not found:
         labels = np.unique(known.segments).tolist()
-        alone = lambda layer: pipeline.invert(known, layers=dict.fromkeys(labels, layer), on_progress=_silent)  # noqa: E731
-        found = {layer: alone(layer) for layer in known.layers}
+        everywhere = {layer: {label: layer for label in labels} for layer in known.layers}
+        found = {
+            layer: pipeline.invert(known, layers=layers, on_progress=_silent) for layer, layers in everywhere.items()
+        }
     chosen = list(thresholds) or [pipeline.category.threshold]
     swept = pipeline.sweep(dataclasses.replace(known, singles={}), chosen, on_progress=_silent)
     titles = ["SAM"] if len(chosen) == 1 else [f"SAM {threshold:g}" for threshold in chosen]
