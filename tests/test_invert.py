@@ -215,7 +215,7 @@ def test_images_in_progress(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_shows_the_point_of_the_method(tmp_path):
-    # The threshold belongs to maps of these settings, which the predictor learned; those of the learned start are lower.
+    # The threshold belongs to maps of these settings, which the predictor learned.
     invert.main(invert.Arguments(output_path=tmp_path, invertibility="measured", start="encoder"))
     (summary,) = json.loads((tmp_path / "scene0" / "metrics.json").read_text())["thresholds"].values()
     lpips = {name: row["LPIPS"] for name, row in summary["metrics"].items()}
