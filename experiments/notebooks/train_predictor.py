@@ -26,7 +26,7 @@
 # ## How long it takes
 #
 # Nearly all of the time goes into inverting the images: images x layers x steps. The demo as set below takes less than
-# half an hour on two CPU cores: 25 seconds an image (five layers of 30 steps), and 1.25 seconds a step of the
+# half an hour on two CPU cores: 20 seconds an image (five layers of 30 steps), and 1.25 seconds a step of the
 # predictor's training. A step of an encoder's training takes 2.5 seconds.
 #
 # For a generator of the usual size (config-f, 256 px) an image takes 5 x 60 steps:
