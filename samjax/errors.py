@@ -64,8 +64,12 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, int | float):
         return str(value)
-    name = type(value).__name__
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
+    return with_article(type(value).__name__)
+
+
+def with_article(noun: str) -> str:
+    """`noun` after "a" or "an"."""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
 
 
 def brief(error: BaseException) -> str:

@@ -204,11 +204,9 @@ def evaluate(
     known = _analyze(pipeline, example)
     found = pipeline.single_layers(known)
     if single_layers and not found:
-        labels = np.unique(known.segments).tolist()
-        everywhere = {layer: {label: layer for label in labels} for layer in known.layers}
-        found = {
-            layer: pipeline.invert(known, layers=layers, on_progress=_silent) for layer, layers in everywhere.items()
-        }
+        for layer in known.layers:
+            alone = layer_selection.everywhere(known.segments, layer)
+            found[layer] = pipeline.invert(known, layers=alone, on_progress=_silent)
     chosen = list(thresholds) or [pipeline.category.threshold]
     swept = pipeline.sweep(dataclasses.replace(known, singles={}), chosen, on_progress=_silent)
     titles = ["SAM"] if len(chosen) == 1 else [f"SAM {threshold:g}" for threshold in chosen]
@@ -299,7 +297,7 @@ def evaluate_learned(predicting: Pipeline, measuring: Pipeline, example: Example
     chosen, count = wanted.layer_maps[0], len(measured.layers)
     same = chosen == found.layer_maps[0]
 
-    all_w = dict.fromkeys(np.unique(labels).tolist(), measured.layers[0])
+    all_w = layer_selection.everywhere(labels, measured.layers[0])
     half = max(measuring.config.num_opt_steps // 2, 1)
 
     def invert(known: Analysis, layers: Mapping[int, str] | None = None, steps: int | None = None) -> Inversion:

@@ -260,10 +260,8 @@ def step(
         state.step - hyper.first_step, hyper.num_opt_steps - hyper.first_step, hyper.lr, hyper.lr_rampdown_length,
         hyper.lr_rampup_length,
     )  # fmt: skip
-    depth = {name: float(np.log2(r / 16)) for name, r in RESOLUTIONS.items()}
-    rates = {
-        name: rate * (hyper.style_rate if name == "W+" else hyper.layer_rate ** depth[name]) for name in state.latents
-    }
+    relative = {"W+": hyper.style_rate, **{name: hyper.layer_rate**i for i, name in enumerate(RESOLUTIONS)}}
+    rates = {name: rate * relative[name] for name in state.latents}
     latents = jax.tree.map(lambda x, rate, update: x - rate * update, state.latents, rates, updates)
     assert isinstance(optimizer, optax.ScaleByAdamState)
     return State(latents, optimizer, state.step + 1, jnp.all(jnp.isfinite(terms.total))), terms

@@ -130,6 +130,11 @@ def force_layers(assignment: Assignment, segments: ArrayLike, forced: Mapping[in
     return assignment._replace(layers=layers, layer_maps=layers[:, labels])
 
 
+def everywhere(segments: ArrayLike, layer: str) -> dict[int, str]:
+    """The choice of one layer by hand for every segment: {label: layer}, for the labels of `segments` [h, w]."""
+    return dict.fromkeys(np.unique(segments).tolist(), layer)
+
+
 def unique_layer_maps(layer_maps: ArrayLike) -> tuple[list[int], list[int]]:
     """Finds equal layer maps, which need only one optimization.
 

@@ -938,7 +938,7 @@ class Pipeline:
     def _single_layer(self, known: Analysis, i: int) -> Inversion:
         """The inversion in layer i alone, of an analysis with measured maps."""
         threshold = self.category.threshold
-        forced = dict.fromkeys(np.unique(known.segments).tolist(), known.layers[i])
+        forced = layer_selection.everywhere(known.segments, known.layers[i])
         singles = {name: array[i : i + 1] for name, array in known.singles.items() if name.startswith("latent_")}
         latents = {name.removeprefix("latent_"): array for name, array in singles.items()}
         masks = {name: np.asarray(mask)[i : i + 1] for name, mask in single_layer_masks(self.layers).items()}

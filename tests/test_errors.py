@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from samjax.errors import UserError, check_least, check_positive, check_seed
+from samjax.errors import UserError, check_least, check_positive, check_seed, shown
 
 
 @pytest.mark.parametrize("value", [0, -2, float("nan"), float("inf")])
@@ -29,3 +29,8 @@ def test_seeds_have_32_bits(seed):
     assert len(str(caught.value)) < 100
     check_seed(0)
     check_seed(2**32 - 1)
+
+
+def test_values_that_have_no_short_text_are_shown_as_their_type():
+    assert shown(object()) == "an object"
+    assert shown({}) == "a dict"

@@ -17,7 +17,7 @@ from PIL import Image
 from samjax.errors import UserError
 from samjax.inversion import Networks
 from samjax.io import checkpoints
-from samjax.nets import offset_encoder, stylegan2
+from samjax.nets import stylegan2
 from samjax.testing import (
     TINY,
     TINY_64,
@@ -77,9 +77,8 @@ def test_a_new_network_changes_nothing_and_its_constants_are_the_generators(netw
     z = jax.random.normal(jax.random.key(5), (500, TINY.z_dim))
     ws = np.asarray(stylegan2.map_z(TINY, networks.generator, z))[:, 0]
     np.testing.assert_allclose(constants["style_scale"].mean(), ws.std(0).mean(), rtol=0.4)  # of 16 samples only
-    first = jax.jit(offset_encoder.init, static_argnums=0)(NETWORK, key=jax.random.key(0))["params"]
-    assert not any(np.any(first[name]["kernel"]) for name in first if name.startswith("out_"))
-    assert not np.any(first["styles"]["out"]["kernel"])
+    last = [state.params[f"out_{r}"] for r in NETWORK.resolutions] + [state.params["styles"]["out"]]
+    assert not any(np.any(array) for layer in last for array in layer.values())
 
 
 @pytest.mark.slow  # compiles a program of its own
@@ -87,6 +86,9 @@ def test_training_lowers_the_loss(networks):
     encoder = tiny_encoder()
     state, frozen = offsets.init(NETWORK, CONFIG, TINY, networks), Frozen(networks, encoder.params)
     constants = jax.tree.map(np.array, state.variables["batch_stats"])
+    key, batch = jax.random.key(0), make_batch(networks, 2)
+    found = offsets.evaluate(NETWORK, encoder.config, TINY, CONFIG, frozen, state.variables, batch, key)
+    np.testing.assert_array_equal(found[2], 0)  # the offsets of a new network
     rows = []
     for i in range(24):
         batch = make_batch(networks, 4, seed=i % 2)

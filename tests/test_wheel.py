@@ -74,7 +74,7 @@ print(samjax.__version__)
     assert run(wheel, tmp_path, code).strip().count(".") == 2
 
 
-@pytest.mark.slow  # the demo runs by default
+@pytest.mark.slow  # a process that compiles everything; .ci/run makes a pipeline from the installed wheel
 def test_the_readmes_lines_run_for_a_generator_of_ones_own(wheel, tmp_path, golden_dir):
     """Converted by the command, and as distributed; a few steps of a small generator."""
     shutil.copy(demo.SAMPLES / "scene1.png", tmp_path / "photo.png")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ckpt_convert import foreign, stylegan2
 from ckpt_convert.formats import nvidia, state_dicts, tensorflow
 from ckpt_convert.formats.checkpoint import Checkpoint, is_name
-from samjax.errors import UserError
+from samjax.errors import UserError, with_article
 from samjax.io.arrays import Stored
 
 _MAX_DEPTH = 8  # of dictionaries in dictionaries; programs use three
@@ -152,4 +152,4 @@ def _what_else(held: Any, unknown: Sequence[str]) -> str:
     if isinstance(held, Mapping):
         return f"no StyleGAN2 generator in the file (it has {_listed(list(held))})"
     kind = type(held).__name__
-    return f"no StyleGAN2 generator in the file (it holds {'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind})"
+    return f"no StyleGAN2 generator in the file (it holds {with_article(kind)})"

@@ -29,7 +29,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import DTypeLike
 
-from samjax.errors import UserError, shown
+from samjax.errors import UserError, shown, with_article
 from samjax.io import files, values
 from samjax.nets import ade20k, bisenet, deeplab, e4e, mask_rcnn, offset_encoder, stylegan2
 from samjax.nets.stylegan2 import StyleGAN2Config
@@ -62,7 +62,7 @@ class Kind(NamedTuple):
     @property
     def one(self) -> str:
         """Its name with the article: "a generator", "an e4e encoder"."""
-        return f"{'an' if self.what[0] in 'aeiouA' else 'a'} {self.what}"
+        return with_article(self.what)
 
 
 NETWORKS: Mapping[str, Kind] = {

@@ -361,7 +361,7 @@ def output_directory(path: str | Path) -> Path:
     Raises:
       UserError: `path` is a file, or the directory cannot be created or written to.
     """
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | os.PathLike):
         raise UserError(f"give the path of the output directory, not {shown(path)}")
     directory = Path(path)
     try:
